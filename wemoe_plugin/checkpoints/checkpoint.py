@@ -1,0 +1,107 @@
+"""A model on disk: its library, its configuration, and where each of its tensors lies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wemoe_plugin.checkpoints.header import StoredTensor, read_header
+from wemoe_plugin.errors import CheckpointError
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+TRANSFORMERS_CONFIG = "config.json"
+WEIGHT_NAMES: Mapping[str, str] = {"open_clip": "open_clip_model", "transformers": "model"}
+"""The stem of the weights file each library looks for first."""
+
+_CANDIDATES = {
+    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
+    "transformers": ("model.safetensors",),
+}
+_INDEX = ("model.safetensors.index.json",)
+_MAX_INDEX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's tensors by name, known from headers alone.
+
+    Attributes:
+        path: the directory, or the one file.
+        library: ``open_clip`` or ``transformers``; None for a lone file.
+        config: the library's configuration; empty for a lone file.
+        tensors: every tensor and where it lies.
+    """
+
+    path: Path
+    library: str | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the headers of a model directory (open_clip or transformers, one file or sharded) or a safetensors file.
+
+    Raises:
+        CheckpointError: nothing is there, it is not a model, a shard is absent, or a file is damaged.
+    """
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path}: not a safetensors file; save the model as safetensors first")
+        return Checkpoint(path, None, {}, read_header(path))
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory or file")
+    if (path / OPEN_CLIP_CONFIG).is_file():
+        library, config = "open_clip", _read_json(path / OPEN_CLIP_CONFIG)
+    elif (path / TRANSFORMERS_CONFIG).is_file():
+        library, config = "transformers", _read_json(path / TRANSFORMERS_CONFIG)
+    else:
+        raise CheckpointError(f"{path}: neither {TRANSFORMERS_CONFIG} (transformers) nor {OPEN_CLIP_CONFIG} is there")
+    return Checkpoint(path, library, config, _find_tensors(path, library))
+
+
+def _find_tensors(directory: Path, library: str) -> dict[str, StoredTensor]:
+    for name in _CANDIDATES[library]:
+        if (directory / name).is_file():
+            return read_header(directory / name)
+    for name in _INDEX:
+        if (directory / name).is_file():
+            return _read_shards(directory / name)
+    others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    cure = f"; {others[0]} is a torch file: save the model as safetensors first" if others else ""
+    raise CheckpointError(f"{directory}: no weights: expected {' or '.join(_CANDIDATES[library] + _INDEX)}{cure}")
+
+
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to files")
+    tensors: dict[str, StoredTensor] = {}
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for name, shard in weight_map.items():
+        if shard not in headers:
+            if Path(shard).name != shard:
+                raise CheckpointError(f"{index}: the shard {shard!r} lies outside of the directory")
+            if not (index.parent / shard).is_file():
+                raise CheckpointError(f"{index}: the shard {shard} is listed but absent")
+            headers[shard] = read_header(index.parent / shard)
+        if name not in headers[shard]:
+            raise CheckpointError(f"{index}: {name!r} is listed in {shard} but is not in that file")
+        tensors[name] = headers[shard][name]
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise CheckpointError(f"{path}: far too large for what it should hold")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: not valid JSON") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return data

@@ -1,0 +1,1 @@
+"""The quickstart: a recipe, tiny checkpoints, and a generator of images."""

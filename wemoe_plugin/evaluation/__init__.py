@@ -1,0 +1,1 @@
+"""Scores as plain values, and pages and pictures of them."""

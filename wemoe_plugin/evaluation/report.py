@@ -1,0 +1,142 @@
+"""Show scores: lines for a terminal, a picture of the routing weights, a page for a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from wemoe_plugin.evaluation.scores import COLUMNS, Scores
+
+_HEADINGS = {"base": "base", "expert": "own expert", "static": "static merge", "merged": "merged"}
+
+
+def score_lines(scores: Scores) -> list[str]:
+    """The accuracies as an aligned table, in percent, and what the merged model keeps."""
+    width = max(len(name) for name in (*scores.tasks, "mean"))
+    lines = [f"{'task':<{width}}" + "".join(f"{_HEADINGS[column]:>14}" for column in COLUMNS)]
+    for name, row in (*scores.tasks.items(), ("mean", scores.mean)):
+        lines.append(f"{name:<{width}}" + "".join(f"{100 * row[column]:>13.1f}%" for column in COLUMNS))
+    gain = 100 * (scores.mean["merged"] - scores.mean["static"])
+    lines.append(
+        f"The merged model keeps {100 * scores.kept:.1f} % of its experts' mean accuracy, "
+        f"{gain:+.1f} points against its static merge."
+    )
+    return lines
+
+
+_CELL_WIDTH, _CELL_HEIGHT, _GAP, _TOP = 52, 26, 36, 74
+
+
+def render_routing(scores: Scores) -> str:
+    """An SVG with one panel per task: mean routing weight by upscaled module (rows) and expert (columns)."""
+    modules = list(next(iter(scores.routing.values())))
+    labels = short_names(modules)
+    left = 16 + 7 * max(len(label) for label in labels)
+    panel = _CELL_WIDTH * len(scores.experts)
+    width = left + len(scores.routing) * (panel + _GAP)
+    height = _TOP + _CELL_HEIGHT * len(modules) + 20
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="system-ui, sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="{left}" y="20" font-size="14" fill="#1b1f24">Mean routing weight of each expert, '
+        "by task of the images</text>",
+    ]
+    for row, label in enumerate(labels):
+        y = _TOP + row * _CELL_HEIGHT + 17
+        parts.append(f'<text x="{left - 8}" y="{y}" text-anchor="end" fill="#57606a">{escape(label)}</text>')
+    for column, (task, weights) in enumerate(scores.routing.items()):
+        x = left + column * (panel + _GAP)
+        parts.append(f'<text x="{x}" y="44" font-weight="600" fill="#1b1f24">{escape(task)} images</text>')
+        parts += _panel(x, [weights[module] for module in modules], scores.experts)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(x: int, rows: Sequence[Sequence[float]], experts: Sequence[str]) -> list[str]:
+    parts = []
+    for k, expert in enumerate(experts):
+        middle = x + k * _CELL_WIDTH + _CELL_WIDTH // 2
+        shown = expert if len(expert) <= 8 else f"{expert[:7]}…"
+        parts.append(f'<text x="{middle}" y="64" text-anchor="middle" font-size="11" fill="#57606a">{escape(shown)}</text>')
+    for row, weights in enumerate(rows):
+        for k, weight in enumerate(weights):
+            left, top = x + k * _CELL_WIDTH, _TOP + row * _CELL_HEIGHT
+            ink = "#ffffff" if abs(weight) > 0.55 else "#1b1f24"
+            parts.append(
+                f'<rect x="{left}" y="{top}" width="{_CELL_WIDTH - 2}" height="{_CELL_HEIGHT - 2}" rx="3" '
+                f'fill="{_shade(weight)}"/><text x="{left + _CELL_WIDTH // 2 - 1}" y="{top + 16}" '
+                f'text-anchor="middle" font-size="11" fill="{ink}">{weight:.2f}</text>'
+            )
+    return parts
+
+
+def _shade(weight: float) -> str:
+    """White at 0, blue towards 1, orange towards -1."""
+    strength = min(abs(weight), 1.0)
+    end = (31, 95, 191) if weight >= 0 else (196, 90, 20)
+    red, green, blue = (round(255 + (channel - 255) * strength) for channel in end)
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Dotted paths without the components they all share; "layer 3" where only one number differs."""
+    split = [path.split(".") for path in paths]
+    if len(paths) == 1 or len({len(parts) for parts in split}) > 1:
+        return list(paths)
+    varying = [i for i in range(len(split[0])) if len({parts[i] for parts in split}) > 1]
+    if len(varying) == 1 and all(parts[varying[0]].isdigit() for parts in split):
+        return [f"layer {parts[varying[0]]}" for parts in split]
+    return [".".join(parts[i] for i in varying) for parts in split]
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --page: #ffffff; --bar: #1f5fbf; --rest: #c9d7ee; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --page: #0d1117; --bar: #6ea8fe; --rest: #2b3a55; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+p.lead { color: var(--soft); margin-top: .3rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
+th { color: var(--soft); font-weight: 500; } tr.mean td { font-weight: 600; border-top: 2px solid var(--line); }
+.track { display: inline-block; width: 6rem; height: .5rem; border-radius: .25rem; background: var(--rest); margin-right: .6rem; }
+.fill { display: block; height: 100%; border-radius: .25rem; background: var(--bar); }
+figure { margin: 0; overflow-x: auto; } footer { color: var(--soft); margin-top: 2rem; font-size: .9rem; }
+"""
+
+
+def render_report(scores: Scores, title: str) -> str:
+    """A page with the accuracies and the routing weights; it needs no other file and no network."""
+    rows = [_row(name, row) for name, row in scores.tasks.items()] + [_row("mean", scores.mean, "mean")]
+    gain = 100 * (scores.mean["merged"] - scores.mean["static"])
+    figure = f"<h2>Routing</h2><figure>{render_routing(scores)}</figure>" if scores.routing else ""
+    spent = ", ".join(f"{name} {value:.1f} s" for name, value in scores.seconds.items())
+    headings = "".join(f"<th>{_HEADINGS[column]}</th>" for column in COLUMNS)
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}: merged with wemoe-plugin</title>
+<style>{_STYLE}</style>
+<h1>{escape(title)}</h1>
+<p class="lead">One model that keeps {100 * scores.kept:.1f} % of its experts' mean accuracy,
+{gain:+.1f} points against its static merge.</p>
+<h2>Accuracy</h2>
+<table>
+<tr><th>task</th>{headings}</tr>
+{"".join(rows)}
+</table>
+{figure}
+<footer>Time: {escape(spent)}. The numbers are in results.json.</footer>
+</html>
+"""
+
+
+def _row(name: str, values: Mapping[str, float], kind: str = "") -> str:
+    cells = "".join(
+        f'<td><span class="track"><span class="fill" style="width:{100 * values[column]:.1f}%"></span></span>'
+        f"{100 * values[column]:.1f} %</td>"
+        for column in COLUMNS
+    )
+    return f'<tr class="{kind}"><td>{escape(name)}</td>{cells}</tr>\n'

@@ -1,0 +1,37 @@
+"""How much memory carrying out a plan takes, known beforehand."""
+
+from __future__ import annotations
+
+from wemoe_plugin.checkpoints.header import ITEM_BYTES
+from wemoe_plugin.merging.operations import Operation, Upscale
+
+CHUNK_ELEMENTS = 1 << 19
+"""Elements per range: small enough that a range and its sums stay in a processor's cache."""
+
+
+def operation_memory(operation: Operation, count: int, dtype: str) -> int:
+    """Bytes one thread holds at once while it works on ``count`` elements of an operation.
+
+    An elementwise range holds one input as stored and the base, one input, its task vector, its product and the sum
+    in the arithmetic's dtype, and the result as written. A low-rank range adds what its decomposition takes.
+    """
+    stored = max((ITEM_BYTES[source.dtype] for source in operation.sources), default=0)
+    width = ITEM_BYTES[dtype]
+    needed = count * (stored + 5 * width + ITEM_BYTES[operation.output.dtype])
+    if isinstance(operation, Upscale) and operation.rank is not None:
+        out_features, in_features = operation.output.shape
+        small = min(out_features, in_features)
+        needed += 8 * (count + 5 * small * small + operation.rank * (out_features + in_features))
+    return needed
+
+
+def peak_memory(operations: tuple[Operation, ...], dtype: str, jobs: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
+    """Bytes of buffers at the worst moment: the ``jobs`` largest pieces of work at the same time."""
+    needs = []
+    for operation in operations:
+        elements = operation.sources[0].elements
+        whole = isinstance(operation, Upscale) and operation.rank is not None
+        count = elements if whole else min(elements, chunk_elements)
+        pieces = 1 if whole else max(1, -(-elements // chunk_elements))
+        needs += [operation_memory(operation, count, dtype)] * min(pieces, jobs)
+    return sum(sorted(needs, reverse=True)[:jobs])

@@ -1,0 +1,94 @@
+"""The operations a plan consists of, as frozen values. Each makes one tensor of the ordinary checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor that will be written: its name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        size = ITEM_BYTES[self.dtype]
+        for axis in self.shape:
+            size *= axis
+        return size
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """θ = θ₀ + λ (Σₖ wₖ (θₖ − θ₀)) / divisor, or without a base θ = λ (Σₖ wₖ θₖ) / divisor.
+
+    Attributes:
+        base: θ₀, or None for a plain weighted sum.
+        inputs: θₖ, one per weight.
+        weights: wₖ.
+        divisor: Σₖ wₖ where the method normalizes, else 1.
+        scale: λ.
+    """
+
+    base: StoredTensor | None
+    inputs: tuple[StoredTensor, ...]
+    weights: tuple[float, ...]
+    divisor: float = 1.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The source as it is, rounded to the output's dtype; ``agreeing`` must hold the same values."""
+
+    output: OutputTensor
+    source: StoredTensor
+    agreeing: tuple[StoredTensor, ...] = ()
+
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        return (self.source, *self.agreeing)
+
+
+@dataclass(frozen=True)
+class Combine:
+    """A static merge by ranges of elements."""
+
+    output: OutputTensor
+    mixture: Mixture
+
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        return _sources(self.mixture)
+
+
+@dataclass(frozen=True)
+class Upscale:
+    """A static merge whose task vectors are kept as well.
+
+    Attributes:
+        vectors: for the dense form one tensor (experts, *shape); for the low-rank form A (experts, rank, in) and
+            B (experts, out, rank).
+        rank: None for the dense form.
+    """
+
+    output: OutputTensor
+    mixture: Mixture
+    vectors: tuple[OutputTensor, ...]
+    rank: int | None = None
+
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        return _sources(self.mixture)
+
+
+Operation = Copy | Combine | Upscale
+
+
+def _sources(mixture: Mixture) -> tuple[StoredTensor, ...]:
+    return mixture.inputs if mixture.base is None else (mixture.base, *mixture.inputs)

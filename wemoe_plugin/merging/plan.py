@@ -1,0 +1,397 @@
+"""The plan: every output tensor and how it is made, fixed from the recipe and the headers alone.
+
+All checks live here, so that nothing is written for an input that does not fit. No tensor is read and torch is not
+imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from wemoe_plugin.checkpoints.checkpoint import WEIGHT_NAMES, Checkpoint, open_checkpoint
+from wemoe_plugin.checkpoints.header import FLOATS, StoredTensor
+from wemoe_plugin.errors import CheckpointError, PlanError
+from wemoe_plugin.merging.layout import OutputFile, lay_out
+from wemoe_plugin.merging.operations import Combine, Copy, Mixture, Operation, OutputTensor, Upscale
+from wemoe_plugin.merging.upscaling import UpscaledLayer, UpscaledModule, find_upscaled_modules
+from wemoe_plugin.recipe.loading import RecipeFile
+from wemoe_plugin.recipe.patterns import module_of
+from wemoe_plugin.recipe.schema import Rule
+from wemoe_plugin.recipe.settings import Setting
+
+SAFETENSORS_DTYPE = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""From a recipe's dtype to safetensors'."""
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the recipe: its name there and its checkpoint."""
+
+    name: str
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one rule (or the default) takes: for the plan's table."""
+
+    label: str
+    method: str
+    tensors: int
+    parameters: int
+    modules: int
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything a merge will do.
+
+    Attributes:
+        base: θ₀; for a recipe without base_model, the first model, which then only lends its configuration.
+        experts: the models whose task vectors are taken, in the recipe's order.
+        dtype: of the arithmetic, a safetensors name.
+        operations: one per tensor of the ordinary checkpoint.
+        static_files: the ordinary checkpoint.
+        vector_files: the task vectors of the upscaled modules; empty if no rule upscales.
+        modules: the upscaled modules.
+        claims: what each rule and the default took.
+        base_only: tensors that no expert has and that are copied from the base.
+    """
+
+    base: Model
+    experts: tuple[Model, ...]
+    dtype: str
+    operations: tuple[Operation, ...]
+    static_files: tuple[OutputFile, ...]
+    vector_files: tuple[OutputFile, ...]
+    modules: tuple[UpscaledModule, ...]
+    claims: tuple[Claim, ...]
+    base_only: tuple[str, ...]
+
+    @property
+    def library(self) -> str:
+        return self.base.checkpoint.library or "transformers"
+
+    @property
+    def files(self) -> tuple[OutputFile, ...]:
+        return self.static_files + self.vector_files
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(source.nbytes for operation in self.operations for source in operation.sources)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def base_parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.base.checkpoint.tensors.values())
+
+    @property
+    def vector_parameters(self) -> int:
+        return sum(_elements(tensor.shape) for file in self.vector_files for tensor in file.tensors)
+
+    @property
+    def router_parameters(self) -> int:
+        return sum(router.parameters for router in {m.router.name: m.router for m in self.modules}.values())
+
+
+def plan_merge(source: RecipeFile, shard_bytes: int | None = DEFAULT_SHARD_BYTES) -> MergePlan:
+    """Plan a recipe.
+
+    Args:
+        source: the recipe.
+        shard_bytes: the largest weights file to write; open_clip's weights always stay in one file.
+
+    Raises:
+        CheckpointError: a model cannot be read.
+        PlanError: the models do not fit together, or a rule does not fit them; all such problems at once.
+    """
+    base, experts = _open_models(source)
+    problems = list(_misfits(base, experts))
+    if problems:
+        raise PlanError("\n".join(problems))
+    return _Planner(source, base, experts, shard_bytes).plan()
+
+
+def _open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
+    recipe = source.recipe
+    problems: list[str] = []
+
+    def opened(reference: str, name: str, *location: str | int) -> Model | None:
+        try:
+            return Model(name, open_checkpoint(source.resolve(reference)))
+        except CheckpointError as error:
+            problems.append(f"{source.where(*location)}: {error}")
+            return None
+
+    base = opened(recipe.base_model, "base", "base_model") if recipe.base_model is not None else None
+    experts = [opened(entry.model, entry.name, "models", i, "model") for i, entry in enumerate(recipe.models)]
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    models = tuple(expert for expert in experts if expert is not None)
+    if base is None:
+        base = models[0]
+    if base.checkpoint.library is None:
+        raise CheckpointError(f"{base.checkpoint.path}: the base must be a directory with its configuration")
+    return base, models
+
+
+def _misfits(base: Model, experts: tuple[Model, ...]) -> Iterable[str]:
+    """Models that are not fine-tunes of one base."""
+    reference = base.checkpoint.tensors
+    held = {name for expert in experts for name in expert.checkpoint.tensors}
+    for expert in experts:
+        tensors, where = expert.checkpoint.tensors, f"{expert.checkpoint.path} ({expert.name})"
+        extra = [name for name in tensors if name not in reference]
+        if extra and len(extra) == len(tensors):
+            yield f"{where}: none of its tensors is in the base {base.checkpoint.path}; is it a fine-tune of that model?"
+            continue
+        if extra:
+            yield f"{where}: has {_some(extra)}, which the base {base.checkpoint.path} has not"
+        missing = [name for name in reference if name in held and name not in tensors]
+        if missing:
+            yield f"{where}: lacks {_some(missing)}, which the base and other experts have"
+        for name in (name for name in tensors if name in reference):
+            if tensors[name].shape != reference[name].shape:
+                shapes = f"{list(tensors[name].shape)}, the base {list(reference[name].shape)}"
+                yield f"{where}: {name!r} has shape {shapes}"
+            elif (tensors[name].dtype in FLOATS) != (reference[name].dtype in FLOATS):
+                yield f"{where}: {name!r} is {tensors[name].dtype}, in the base {reference[name].dtype}"
+        mine, theirs = _activation(expert.checkpoint), _activation(base.checkpoint)
+        if expert.checkpoint.library == base.checkpoint.library and mine != theirs:
+            yield f"{where}: its activation is {mine}, the base's {theirs}; merged weights would fit neither"
+
+
+def _activation(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.library == "open_clip":
+        settings = checkpoint.config.get("model_cfg", {})
+        return "QuickGELU" if isinstance(settings, dict) and settings.get("quick_gelu") else "GELU"
+    return None
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+class _Planner:
+    """Walks over the base's tensors once and decides on each."""
+
+    def __init__(
+        self, source: RecipeFile, base: Model, experts: tuple[Model, ...], shard_bytes: int | None
+    ) -> None:
+        self.source = source
+        self.recipe = source.recipe
+        self.base = base
+        self.models = experts
+        self.shard_bytes = shard_bytes
+        self.tensors = base.checkpoint.tensors
+        self.held = {name for model in experts for name in model.checkpoint.tensors}
+        same = base.checkpoint.path.resolve()
+        self.experts = tuple(m for m in experts if m.checkpoint.path.resolve() != same)
+        self.entries = {entry.name: entry for entry in self.recipe.models}
+        self.depths = relative_depths(self.tensors)
+
+    def plan(self) -> MergePlan:
+        owners, paths = self._claim()
+        modules = self._upscale(owners, paths)
+        layers = {layer.tensor: (module, layer) for module in modules for layer in module.layers}
+        in_module = {name: module for module in modules for name in module.tensors}
+        operations: list[Operation] = []
+        for name in self.tensors:
+            rule = owners.get(name)
+            if name in layers:
+                operations.append(self._upscaled(name, *layers[name]))
+            else:
+                operations.append(self._static(name, rule, in_module.get(name)))
+        vectors = [t for o in operations if isinstance(o, Upscale) for t in o.vectors]
+        library = self.base.checkpoint.library or "transformers"
+        limit = self.shard_bytes if library == "transformers" else None
+        return MergePlan(
+            base=self.base,
+            experts=self.experts,
+            dtype=SAFETENSORS_DTYPE[self.recipe.dtype or "float32"],
+            operations=tuple(operations),
+            static_files=lay_out(WEIGHT_NAMES[library], (o.output for o in operations), limit),
+            vector_files=lay_out("wemoe", vectors, self.shard_bytes) if vectors else (),
+            modules=modules,
+            claims=tuple(self._table(owners, modules)),
+            base_only=tuple(name for name in self.tensors if name not in self.held),
+        )
+
+    def _claim(self) -> tuple[dict[str, int], dict[str, str]]:
+        """The index of the rule that owns each tensor, and the path it was matched by."""
+        owners: dict[str, int] = {}
+        paths: dict[str, str] = {}
+        problems = []
+        for i, rule in enumerate(self.recipe.rules):
+            found = rule.match.claims(self.tensors)
+            free = {name: path for name, path in found.items() if name not in owners}
+            where = self.source.where("rules", i, "match")
+            if not found:
+                near = nearest_modules(rule.match.globs, self.tensors)
+                hint = f"\n    nearest: {near}" if near else ""
+                problems.append(
+                    f"{where}: rules[{i}].match {str(rule.match)!r} matches no tensor of {self.base.checkpoint.path}{hint}"
+                )
+            elif not free:
+                problems.append(f"{where}: rules[{i}].match {str(rule.match)!r} matches only what earlier rules claim")
+            for name, path in free.items():
+                owners[name], paths[name] = i, path
+        if problems:
+            raise PlanError("\n".join(problems))
+        return owners, paths
+
+    def _upscale(self, owners: Mapping[str, int], paths: Mapping[str, str]) -> tuple[UpscaledModule, ...]:
+        modules: list[UpscaledModule] = []
+        problems: list[str] = []
+        for i, rule in enumerate(self.recipe.rules):
+            if rule.merge_method != "wemoe":
+                continue
+            claimed = {name: paths[name] for name, owner in owners.items() if owner == i}
+            tuned = {name: path for name, path in claimed.items() if name in self.held}
+            where = self.source.where("rules", i)
+            if not tuned:
+                problems.append(f"{where}: rules[{i}] matches only tensors that no expert has; they have no task vectors")
+                continue
+            try:
+                modules += find_upscaled_modules(rule, i, tuned, self.tensors, self._module_lambdas(rule))
+            except PlanError as error:
+                problems += [f"{where}: rules[{i}]: {line}" for line in str(error).splitlines()]
+        if problems:
+            raise PlanError("\n".join(problems))
+        return tuple(modules)
+
+    def _module_lambdas(self, rule: Rule) -> Callable[[str], tuple[float, ...]]:
+        def lambdas(tensor_name: str) -> tuple[float, ...]:
+            scale = rule.parameters.router.init_lambda if rule.parameters.router else None
+            if scale is None:
+                scale = self._setting(self.recipe.parameters.lambda_, tensor_name, 1.0)
+            return tuple(scale * self._weight(expert, tensor_name) for expert in self.experts)
+
+        return lambdas
+
+    def _upscaled(self, name: str, module: UpscaledModule, layer: UpscaledLayer) -> Upscale:
+        output = self._output(name)
+        mixture = Mixture(self.tensors[name], self._inputs(name, self.experts), module.lambdas)
+        vectors = tuple(OutputTensor(vector, output.dtype, shape) for vector, shape in layer.vectors)
+        rank = layer.rank if len(vectors) == 2 else None
+        return Upscale(output, mixture, vectors, rank)
+
+    def _static(self, name: str, rule_index: int | None, module: UpscaledModule | None) -> Operation:
+        rule = None if rule_index is None else self.recipe.rules[rule_index]
+        output, base = self._output(name), self.tensors[name]
+        method = self.recipe.merge_method if rule is None else rule.merge_method
+        if base.dtype not in FLOATS:
+            holders = [m for m in self.models if name in m.checkpoint.tensors]
+            return Copy(output, base, self._inputs(name, holders))
+        if method == "base" or name not in self.held:
+            return Copy(output, base)
+        if module is not None:
+            return Combine(output, Mixture(base, self._inputs(name, self.experts), module.lambdas))
+        normalize = rule.parameters.normalize if rule is not None else None
+        normalize = self.recipe.parameters.normalize if normalize is None else normalize
+        if method == "linear":
+            weights = tuple(self._weight(model, name) for model in self.models)
+            divisor = sum(weights) if normalize in (None, True) else 1.0
+            if divisor == 0:
+                raise PlanError(f"{name}: the weights of the models add up to 0; linear cannot normalize them")
+            return Combine(output, Mixture(None, self._inputs(name, self.models), weights, divisor))
+        weights = tuple(self._weight(expert, name) for expert in self.experts)
+        total = sum(weights)
+        divisor = total if normalize and abs(total) >= 1e-8 else 1.0
+        local = rule.parameters.lambda_ if rule is not None else None
+        scale = self._setting(self.recipe.parameters.lambda_ if local is None else local, name, 1.0)
+        if not self.experts:
+            return Copy(output, base)
+        return Combine(output, Mixture(base, self._inputs(name, self.experts), weights, divisor, scale))
+
+    def _inputs(self, name: str, models: Iterable[Model]) -> tuple[StoredTensor, ...]:
+        return tuple(model.checkpoint.tensors[name] for model in models)
+
+    def _output(self, name: str) -> OutputTensor:
+        stored = self.tensors[name]
+        wanted = self.recipe.out_dtype or self.recipe.dtype
+        dtype = SAFETENSORS_DTYPE[wanted] if wanted is not None and stored.dtype in FLOATS else stored.dtype
+        return OutputTensor(name, dtype, stored.shape)
+
+    def _weight(self, model: Model, tensor_name: str) -> float:
+        setting = self.entries[model.name].parameters.weight
+        value = None if setting is None else setting.evaluate(tensor_name, self.depths[tensor_name])
+        return self._setting(self.recipe.parameters.weight, tensor_name, 1.0) if value is None else value
+
+    def _setting(self, setting: Setting | None, tensor_name: str, default: float) -> float:
+        value = None if setting is None else setting.evaluate(tensor_name, self.depths[tensor_name])
+        return default if value is None else value
+
+    def _table(self, owners: Mapping[str, int], modules: tuple[UpscaledModule, ...]) -> Iterable[Claim]:
+        for i in (*range(len(self.recipe.rules)), None):
+            names = [name for name in self.tensors if owners.get(name) == i]
+            if i is None and not names:
+                continue
+            rule = None if i is None else self.recipe.rules[i]
+            yield Claim(
+                label="everything else" if rule is None else str(rule.match),
+                method=self.recipe.merge_method if rule is None else rule.merge_method,
+                tensors=len(names),
+                parameters=sum(self.tensors[name].elements for name in names),
+                modules=sum(module.rule == i for module in modules),
+            )
+
+
+def relative_depths(tensor_names: Iterable[str]) -> dict[str, float]:
+    """The place of each tensor in its stack of layers, from 0 (first layer) to 1 (last), for gradients.
+
+    Outside of a stack embeddings are at 0 and everything else is at 1, as in mergekit.
+    """
+    numbered = re.compile(r"^(.*?)\.(\d+)\.")
+    places: dict[str, tuple[str, int] | None] = {}
+    last: dict[str, int] = {}
+    for name in tensor_names:
+        match = numbered.match(name)
+        places[name] = (match[1], int(match[2])) if match else None
+        if match:
+            last[match[1]] = max(last.get(match[1], 0), int(match[2]))
+    depths = {}
+    for name, place in places.items():
+        if place is None:
+            depths[name] = 0.0 if "embed" in name or "wte" in name or "wpe" in name else 1.0
+        else:
+            depths[name] = place[1] / last[place[0]] if last[place[0]] else 1.0
+    return depths
+
+
+def nearest_modules(globs: Iterable[str], tensor_names: Iterable[str]) -> str | None:
+    """The module path (numbers as ``*``) that looks most like what a rule asked for."""
+    import difflib
+
+    paths: dict[str, None] = {}
+    for name in tensor_names:
+        path = module_of(name)
+        while path:
+            paths[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)] = None
+            path = module_of(path)
+    for glob in globs:
+        near = difflib.get_close_matches(re.sub(r"\[\d+-\d+\]", "*", glob), paths, 1, 0.5)
+        if near:
+            return near[0]
+    return None
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for axis in shape:
+        count *= axis
+    return count
+
+
+def resolve_output(recipe_path: Path, out: Path | None) -> Path:
+    """Where the result goes: ``--out``, or ``merged/<recipe stem>`` in the current folder."""
+    return out if out is not None else Path("merged") / recipe_path.stem

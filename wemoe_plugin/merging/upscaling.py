@@ -1,0 +1,182 @@
+"""Which modules a wemoe rule upscales, and what is stored for each: decided from tensor names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from wemoe_plugin.checkpoints.header import FLOATS, StoredTensor
+from wemoe_plugin.errors import PlanError
+from wemoe_plugin.recipe.patterns import module_of
+from wemoe_plugin.recipe.schema import RouterSpec, Rule, TaskVectorSpec
+
+_FIRST_LAYERS = (
+    *("fc1", "c_fc", "gate_proj", "gate_up_proj", "up_proj", "wi", "wi_0", "w1", "w12", "lin1", "dense_h_to_4h"),
+    *("q_proj", "q", "query", "q_lin", "qkv", "c_attn"),
+)
+"""Names of layers that take their module's own input."""
+
+_EMBEDDINGS = ("embed", "wte", "wpe", "relative_attention_bias", "token_type")
+
+
+@dataclass(frozen=True)
+class UpscaledLayer:
+    """A parameter of a Linear layer whose task vectors are kept.
+
+    Attributes:
+        tensor: the parameter's name in the checkpoint.
+        path: the Linear layer, relative to its module; empty if the module is the layer.
+        vectors: name and shape of each tensor stored for it: one for the dense form, A and B for the low-rank form.
+        rank: of the low-rank form, at most the smaller side of the weight.
+    """
+
+    tensor: str
+    path: str
+    vectors: tuple[tuple[str, tuple[int, ...]], ...]
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class PlannedRouter:
+    """A router's shape: ``width`` features in, one weight per expert out."""
+
+    name: str
+    width: int
+    experts: int
+    depth: int
+
+    @property
+    def parameters(self) -> int:
+        hidden = self.width * self.width + self.width if self.depth == 2 else 0
+        return hidden + (self.width * self.experts if self.depth else 0) + self.experts
+
+
+@dataclass(frozen=True)
+class UpscaledModule:
+    """A module that becomes a weight-ensembling mixture of experts.
+
+    Attributes:
+        path: its dotted path in the network.
+        rule: the index of the rule that claimed it.
+        lambdas: λₖ per expert, for its static merge and its router's initial output.
+        layers: the parameters of its Linear layers.
+        tensors: every tensor of the module, its norms among them.
+    """
+
+    path: str
+    rule: int
+    lambdas: tuple[float, ...]
+    router: PlannedRouter
+    layers: tuple[UpscaledLayer, ...]
+    tensors: tuple[str, ...]
+    form: str
+
+
+def find_upscaled_modules(
+    rule: Rule,
+    index: int,
+    claimed: Mapping[str, str],
+    tensors: Mapping[str, StoredTensor],
+    lambdas: Callable[[str], tuple[float, ...]],
+) -> list[UpscaledModule]:
+    """The modules of one wemoe rule.
+
+    Args:
+        rule: the rule.
+        index: its place in the recipe.
+        claimed: the tensors it owns, each with the path it was matched by.
+        tensors: the base's tensors.
+        lambdas: λₖ per expert at a tensor's place in the network.
+
+    Raises:
+        PlanError: a module without Linear layers, with fused ones, or whose input width is not clear.
+    """
+    grouped: dict[str, list[str]] = {}
+    for name, path in claimed.items():
+        grouped.setdefault(module_of(name) if path == name else path, []).append(name)
+    router, form = rule.parameters.router or RouterSpec(), rule.parameters.task_vectors or TaskVectorSpec()
+    problems: list[str] = []
+    modules: list[UpscaledModule] = []
+    for path, names in grouped.items():
+        try:
+            modules.append(_module(path, names, index, router, form, tensors, lambdas))
+        except PlanError as error:
+            problems.append(str(error))
+    for module in modules:
+        if any(module.path.startswith(f"{other.path}.") for other in modules):
+            problems.append(f"the module {module.path} lies inside another one of the rule; upscale one of them")
+    if router.shared and len({module.router.width for module in modules}) > 1:
+        widths = ", ".join(str(width) for width in sorted({module.router.width for module in modules}))
+        problems.append(f"one shared router cannot read modules of different widths ({widths}); split the rule")
+    if problems:
+        shown = problems[:5] + ([f"and {len(problems) - 5} more modules"] if len(problems) > 5 else [])
+        raise PlanError("\n".join(shown))
+    return modules
+
+
+def _module(
+    path: str,
+    names: list[str],
+    index: int,
+    spec: RouterSpec,
+    form: TaskVectorSpec,
+    tensors: Mapping[str, StoredTensor],
+    lambdas: Callable[[str], tuple[float, ...]],
+) -> UpscaledModule:
+    fused = [name for name in names if name.endswith("in_proj_weight")]
+    if fused:
+        raise PlanError(
+            f"{fused[0]} is the fused weight of nn.MultiheadAttention, which has no Linear layers to route; "
+            "leave it to a static method"
+        )
+    weights = [name for name in names if _is_linear_weight(name, tensors[name])]
+    if not weights:
+        raise PlanError(f"the module {path} has no Linear layers (no 2-D weight); wemoe needs some")
+    first = lambdas(weights[0])
+    router = PlannedRouter(
+        name=f"rules.{index}" if spec.shared else path,
+        width=_input_width(path, weights, tensors),
+        experts=len(first),
+        depth=spec.depth,
+    )
+    layers: list[UpscaledLayer] = []
+    for weight in weights:
+        layer = module_of(weight)
+        relative = layer[len(path) + 1 :]
+        layers.append(_layer(weight, f"{layer}.weight", relative, tensors[weight].shape, len(first), form.rank))
+        bias = f"{layer}.bias"
+        if bias in names:
+            layers.append(_layer(bias, bias, relative, tensors[bias].shape, len(first), None))
+    return UpscaledModule(path, index, first, router, tuple(layers), tuple(names), form.form)
+
+
+def _is_linear_weight(name: str, tensor: StoredTensor) -> bool:
+    is_matrix = len(tensor.shape) == 2 and tensor.dtype in FLOATS and name.rpartition(".")[2] == "weight"
+    return is_matrix and not any(word in name.rpartition(".")[0].rpartition(".")[2] for word in _EMBEDDINGS)
+
+
+def _layer(
+    tensor: str, parameter: str, path: str, shape: tuple[int, ...], experts: int, rank: int | None
+) -> UpscaledLayer:
+    if rank is None:
+        return UpscaledLayer(tensor, path, ((f"{parameter}.task_vectors", (experts, *shape)),), None)
+    out_features, in_features = shape
+    rank = min(rank, out_features, in_features)
+    factors = (
+        (f"{parameter}.task_vectors.A", (experts, rank, in_features)),
+        (f"{parameter}.task_vectors.B", (experts, out_features, rank)),
+    )
+    return UpscaledLayer(tensor, path, factors, rank)
+
+
+def _input_width(path: str, weights: list[str], tensors: Mapping[str, StoredTensor]) -> int:
+    """Features of the module's input: known by the name of its first layer, or the same for all its layers."""
+    for known in _FIRST_LAYERS:
+        for weight in weights:
+            if module_of(weight).rpartition(".")[2] == known:
+                return tensors[weight].shape[1]
+    widths = {tensors[weight].shape[1] for weight in weights}
+    if len(widths) > 1:
+        layers = ", ".join(module_of(weight).rpartition(".")[2] for weight in weights)
+        raise PlanError(f"cannot tell which of the layers {layers} takes the input of the module {path}")
+    return widths.pop()

@@ -1,0 +1,102 @@
+"""``wemoe_config.json``: what turns an ordinary checkpoint into a WEMoE model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from typing_extensions import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from wemoe_plugin.errors import CheckpointError
+
+CONFIG_NAME = "wemoe_config.json"
+ROUTERS_NAME = "routers.safetensors"
+VERSION = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RouterConfig(_Strict):
+    """A router's shape; see `wemoe_plugin.modeling.router.Router`."""
+
+    width: int
+    depth: Literal[0, 1, 2]
+
+
+class LayerConfig(_Strict):
+    """A Linear layer of a module and the form of its task vectors.
+
+    Attributes:
+        path: relative to the module; empty if the module is the layer.
+        form: of the weight's task vectors.
+        rank: of the low-rank form.
+        bias: whether the bias has task vectors too (always dense).
+    """
+
+    path: str
+    form: Literal["dense", "low_rank"]
+    rank: int | None = None
+    bias: bool
+
+
+class ModuleConfig(_Strict):
+    """An upscaled module: its path, the name of its router, λₖ per expert, its layers."""
+
+    path: str
+    router: str
+    lambdas: tuple[float, ...]
+    layers: tuple[LayerConfig, ...]
+
+
+class WemoeConfig(_Strict):
+    """The whole file.
+
+    Attributes:
+        library: which one builds the model, ``open_clip`` or ``transformers``.
+        experts: their names, in the order of the routers' outputs and of every task vector's first axis.
+        vector_files: the safetensors files with the task vectors.
+    """
+
+    version: int = VERSION
+    library: Literal["open_clip", "transformers"]
+    experts: tuple[str, ...]
+    modules: tuple[ModuleConfig, ...]
+    routers: dict[str, RouterConfig]
+    vector_files: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for module in self.modules:
+            if module.router not in self.routers:
+                raise ValueError(f"the module {module.path} names an unknown router {module.router!r}")
+            if len(module.lambdas) != len(self.experts):
+                raise ValueError(f"the module {module.path} has {len(module.lambdas)} λ for {len(self.experts)} experts")
+        if any(Path(name).name != name for name in self.vector_files):
+            raise ValueError("a file of task vectors lies outside of the directory")
+        return self
+
+
+def read_config(directory: Path) -> WemoeConfig:
+    """Read a directory's ``wemoe_config.json``.
+
+    Raises:
+        CheckpointError: it is not there, of an unknown version, or not consistent.
+    """
+    path = directory / CONFIG_NAME
+    try:
+        config = WemoeConfig.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory}: not an output of wemoe-merge with routers: {CONFIG_NAME} is absent") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{path}: {place + ': ' if place else ''}{first['msg']}") from None
+    if config.version != VERSION:
+        raise CheckpointError(f"{path}: version {config.version}; this package reads version {VERSION}")
+    return config

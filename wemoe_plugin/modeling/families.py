@@ -1,0 +1,156 @@
+"""What the libraries do differently: building a model, reading images and text, and their features."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
+from wemoe_plugin.errors import CheckpointError
+
+Features = Callable[[Any], Tensor]
+
+
+class ModelFamily(Protocol):
+    """A library that builds models from directories."""
+
+    def build(self, directory: Path, dtype: torch.dtype) -> nn.Module:
+        """The directory's model with its ordinary weights, in eval mode on the CPU."""
+
+    def image_transform(self, directory: Path) -> Callable[[Image.Image], Tensor]:
+        """From a picture to the model's input, (channels, height, width)."""
+
+    def tokenizer(self, directory: Path) -> Callable[[Sequence[str]], Any]:
+        """From texts to what `encode_text` takes."""
+
+    def encode_image(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """Image features (batch, embed), not normalized."""
+
+    def encode_text(self, model: nn.Module, tokens: Any) -> Tensor:
+        """Text features (texts, embed), not normalized."""
+
+    def logit_scale(self, model: nn.Module) -> Tensor:
+        """The factor of cosine similarities, a scalar."""
+
+
+class OpenClipFamily:
+    """open_clip's CLIP models."""
+
+    def build(self, directory: Path, dtype: torch.dtype) -> nn.Module:
+        import open_clip
+
+        precision = {torch.float32: "fp32", torch.float16: "pure_fp16", torch.bfloat16: "pure_bf16"}.get(dtype, "fp32")
+        with _quiet(), _as_checkpoint_error(directory):
+            return open_clip.create_model(f"local-dir:{directory}", precision=precision).eval()
+
+    def image_transform(self, directory: Path) -> Callable[[Image.Image], Tensor]:
+        import open_clip
+
+        with _quiet(), _as_checkpoint_error(directory):
+            config = open_checkpoint(directory).config
+            settings = open_clip.transform.PreprocessCfg(**config.get("preprocess_cfg", {}))
+            size = config["model_cfg"]["vision_cfg"].get("image_size", settings.size)
+            return open_clip.image_transform(  # type: ignore[no-any-return]
+                size,
+                is_train=False,
+                mean=settings.mean,
+                std=settings.std,
+                interpolation=settings.interpolation,
+                resize_mode=settings.resize_mode,
+                fill_color=settings.fill_color,
+            )
+
+    def tokenizer(self, directory: Path) -> Callable[[Sequence[str]], Any]:
+        import open_clip
+
+        with _quiet(), _as_checkpoint_error(directory):
+            tokenize = open_clip.get_tokenizer(f"local-dir:{directory}")
+        return lambda texts: tokenize(list(texts))
+
+    def encode_image(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        return model.encode_image(pixels)  # type: ignore[operator, no-any-return]
+
+    def encode_text(self, model: nn.Module, tokens: Any) -> Tensor:
+        return model.encode_text(tokens)  # type: ignore[operator, no-any-return]
+
+    def logit_scale(self, model: nn.Module) -> Tensor:
+        return model.logit_scale.exp()  # type: ignore[operator, union-attr]
+
+
+class TransformersFamily:
+    """Models of transformers; features are those of CLIP-like classes."""
+
+    def build(self, directory: Path, dtype: torch.dtype) -> nn.Module:
+        import transformers
+
+        names = open_checkpoint(directory).config.get("architectures") or []
+        kind = getattr(transformers, names[0], None) if names else None
+        if kind is None:
+            raise CheckpointError(f"{directory}: config.json names no class of transformers under 'architectures'")
+        with _quiet(), _as_checkpoint_error(directory):
+            return kind.from_pretrained(directory, dtype=dtype, local_files_only=True).eval()  # type: ignore[no-any-return]
+
+    def image_transform(self, directory: Path) -> Callable[[Image.Image], Tensor]:
+        from transformers import AutoImageProcessor
+
+        with _quiet(), _as_checkpoint_error(directory):
+            processor = AutoImageProcessor.from_pretrained(directory, local_files_only=True)
+        return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    def tokenizer(self, directory: Path) -> Callable[[Sequence[str]], Any]:
+        from transformers import AutoTokenizer
+
+        with _quiet(), _as_checkpoint_error(directory):
+            tokenize = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return lambda texts: tokenize(list(texts), padding=True, truncation=True, return_tensors="pt")
+
+    def encode_image(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        return _features(model, "get_image_features", {"pixel_values": pixels})
+
+    def encode_text(self, model: nn.Module, tokens: Any) -> Tensor:
+        return _features(model, "get_text_features", tokens)
+
+    def logit_scale(self, model: nn.Module) -> Tensor:
+        return model.logit_scale.exp()  # type: ignore[operator, union-attr]
+
+
+FAMILIES: Mapping[str, ModelFamily] = {"open_clip": OpenClipFamily(), "transformers": TransformersFamily()}
+"""By the name `wemoe_plugin.checkpoints.checkpoint.Checkpoint.library` gives them."""
+
+
+def _features(model: nn.Module, method: str, inputs: Mapping[str, Any]) -> Tensor:
+    if not hasattr(model, method):
+        raise CheckpointError(f"a {type(model).__name__} has no {method}; zero-shot heads need a CLIP-like model")
+    output = getattr(model, method)(**inputs)
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and notices off the user's terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # the libraries raise anything; the message is what the user needs
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{directory}: its library cannot load it: {first}") from error

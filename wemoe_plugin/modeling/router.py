@@ -1,0 +1,65 @@
+"""The router: from a module's input to one weight per sample and expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+INIT_STD = 0.01
+"""Standard deviation of the hidden layer's initial weights (arXiv 2402.00433, section 3.3)."""
+
+
+class Router(nn.Module):
+    """w_b = meanₙ R(h_bn), without softmax: weights may be negative or exceed one.
+
+    R is by ``depth`` 2: Linear(width, width), ReLU, Linear(width, experts); 1: Linear(width, experts); 0: a constant
+    vector. The hidden layer starts at N(0, 0.01²) with bias 0 and the last bias at λₖ, as in the paper. The last
+    layer's weights start at zero where the paper draws them too: so a fresh router gives exactly λ, and a freshly
+    upscaled model is exactly its static merge.
+
+    Source: WEMoE, arXiv 2402.00433, section 3.3; depth 0 in every layer is layer-wise AdaMerging, arXiv 2310.02575.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        depth: int,
+        lambdas: Sequence[float] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if depth not in (0, 1, 2):
+            raise ValueError(f"a router has depth 0, 1 or 2, not {depth}")
+        self.width, self.experts, self.depth = width, experts, depth
+        self.hidden = nn.Linear(width, width) if depth == 2 else None
+        self.output = nn.Linear(width, experts) if depth else None
+        self.constant = nn.Parameter(torch.zeros(experts)) if depth == 0 else None
+        self.reset(lambdas or [0.0] * experts, generator)
+
+    @torch.no_grad()
+    def reset(self, lambdas: Sequence[float], generator: torch.Generator | None = None) -> None:
+        """Set the initial values; ``lambdas`` are the weights a fresh router gives, one per expert."""
+        if self.hidden is not None:
+            self.hidden.weight.normal_(0.0, INIT_STD, generator=generator)
+            self.hidden.bias.zero_()
+        if self.output is not None:
+            self.output.weight.zero_()
+            self.output.bias.copy_(torch.tensor(lambdas))
+        if self.constant is not None:
+            self.constant.copy_(torch.tensor(lambdas))
+
+    def forward(self, x: Float[Tensor, "batch *tokens width"]) -> Float[Tensor, "batch experts"]:
+        """One weight per sample and expert, the logits averaged over whatever lies between batch and width."""
+        if self.constant is not None:
+            return self.constant.expand(x.shape[0], -1)
+        assert self.output is not None
+        hidden = x if self.hidden is None else torch.relu(self.hidden(x))
+        # The last layer is linear: averaging before it gives the mean of the logits for a fraction of the work.
+        return self.output(hidden.flatten(1, -2).mean(1) if hidden.ndim > 2 else hidden)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, experts={self.experts}, depth={self.depth}"

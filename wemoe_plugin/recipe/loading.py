@@ -1,0 +1,217 @@
+"""From a recipe file to a checked `Recipe`, with every problem reported at once and by line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from wemoe_plugin.errors import RecipeError
+from wemoe_plugin.recipe.schema import RULE_METHODS, STATIC_METHODS, Recipe
+from wemoe_plugin.recipe.yaml_source import Location, YamlSource, read_yaml
+
+MERGEKIT_ONLY = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
+"""Keys of mergekit recipes that this command does not carry out."""
+
+_Problem = tuple[YamlSource, Location, str]
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe together with where it stands.
+
+    Attributes:
+        path: the recipe file.
+        recipe: what it says.
+        directory: where relative paths in it start.
+        tasks_path: the tasks file it names, if it does.
+    """
+
+    path: Path
+    recipe: Recipe
+    directory: Path
+    tasks_path: Path | None
+    source: YamlSource
+
+    def where(self, *location: str | int) -> str:
+        """``path:line`` of a part of the recipe, for messages."""
+        return self.source.where(location)
+
+    def resolve(self, reference: str) -> Path:
+        """A path the recipe names: relative to the recipe, else to the current folder if only that exists."""
+        beside = self.directory / Path(reference).expanduser()
+        here = Path(reference).expanduser()
+        return here if not beside.exists() and here.exists() else beside
+
+
+def load_recipe(path: Path | str, directory: Path | None = None, tasks_path: Path | None = None) -> RecipeFile:
+    """Read and check a recipe.
+
+    Args:
+        path: the recipe.
+        directory: where its relative paths start; default its own folder.
+        tasks_path: read the tasks from here if the recipe names a tasks file; default the file it names.
+
+    Raises:
+        RecipeError: one line per problem, each ``path:line: what is wrong``.
+    """
+    path = Path(path)
+    directory = path.parent if directory is None else directory
+    source = read_yaml(path)
+    if not isinstance(source.data, dict):
+        raise RecipeError(f"{source.where(())}: a recipe is a mapping with models and a merge_method")
+    data = dict(source.data)
+    problems: list[_Problem] = []
+
+    tasks_source: YamlSource | None = None
+    if isinstance(data.get("tasks"), str):
+        tasks_path = tasks_path or directory / data["tasks"]
+        try:
+            tasks_source = read_yaml(tasks_path)
+            data["tasks"] = tasks_source.data
+        except RecipeError as error:
+            problems.append((source, ("tasks",), str(error)))
+            del data["tasks"]
+    else:
+        tasks_path = None
+
+    def place(location: Location) -> tuple[YamlSource, Location]:
+        if tasks_source is not None and location[:1] == ("tasks",):
+            return tasks_source, location[1:]
+        return source, location
+
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        problems += [(*place(where), text) for where, text in _explain(error, data)]
+    if recipe is not None:
+        problems += [(*place(where), text) for where, text in _inconsistencies(recipe)]
+    if problems or recipe is None:
+        raise RecipeError("\n".join(_lines(problems)))
+    return RecipeFile(path, recipe, directory, tasks_path, source)
+
+
+def _lines(problems: list[_Problem]) -> list[str]:
+    def number(problem: _Problem) -> tuple[str, int]:
+        path, _, line = problem[0].where(problem[1]).rpartition(":")
+        return (path, int(line)) if line.isdigit() else (f"{path}:{line}", 0)
+
+    ordered = sorted(problems, key=number)
+    return [f"{source.where(place)}: {_dotted(place)}{text}" for source, place, text in ordered]
+
+
+def _dotted(location: Location) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return f"{text}: " if text else ""
+
+
+def _explain(error: ValidationError, data: dict[str, Any]) -> Iterable[tuple[Location, str]]:
+    seen: set[tuple[Location, str]] = set()
+    for detail in error.errors():
+        location = _written_location(detail["loc"], data)
+        kind, value = detail["type"], detail["input"]
+        if kind == "extra_forbidden":
+            text = _unknown_key(location)
+        elif kind == "missing":
+            text = "is missing"
+            if location == ("merge_method",):
+                text = f"is missing; it says what becomes of whatever no rule claims: {', '.join(STATIC_METHODS)}"
+        elif kind == "literal_error":
+            text = f"{value!r} is not one of {detail['ctx']['expected']}"
+            if location[-1] == "merge_method":
+                text = _unknown_method(value, STATIC_METHODS if len(location) == 1 else RULE_METHODS)
+        else:
+            text = detail["msg"].removeprefix("Value error, ")
+            text = f"{text[:1].lower()}{text[1:]}"
+            if isinstance(value, str | int | float) and kind != "value_error":
+                text += f" (found {value!r})"
+        if (location, text) not in seen:
+            seen.add((location, text))
+            yield location, text
+
+
+def _written_location(location: Location, data: Any) -> Location:
+    """A pydantic location without the parts that name alternatives of its types and not keys of the document."""
+    kept: list[str | int] = []
+    for i, part in enumerate(location):
+        inside = (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
+        if inside:
+            data = data[part]
+            kept.append(part)
+        elif i == len(location) - 1 and isinstance(data, dict) and "[" not in str(part):
+            kept.append(part)
+    return tuple(kept)
+
+
+def _unknown_key(location: Location) -> str:
+    key = str(location[-1])
+    if len(location) == 1 and key in MERGEKIT_ONLY:
+        return f"{key} is carried out by mergekit, not by this command; run such a recipe with mergekit-yaml"
+    known = _known_keys(location[:-1])
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    if near:
+        return f"unknown key; did you mean {near[0]!r}?"
+    return f"unknown key; known here: {', '.join(sorted(known))}"
+
+
+def _known_keys(location: Location) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, str) and isinstance(model, type) and issubclass(model, BaseModel):
+            fields = {field.alias or name: field for name, field in model.model_fields.items()}
+            model = _model_in(fields[part].annotation) if part in fields else model
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return []
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)
+
+
+def _unknown_method(value: Any, known: tuple[str, ...]) -> str:
+    if value == "wemoe":
+        return "wemoe upscales parts of the network: name them in rules, each with merge_method: wemoe"
+    near = difflib.get_close_matches(str(value), known, 1, 0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown merge method {value!r}{hint} (known: {', '.join(known)})"
+
+
+def _inconsistencies(recipe: Recipe) -> Iterable[tuple[Location, str]]:
+    """What single values cannot show."""
+    methods = {recipe.merge_method, *(rule.merge_method for rule in recipe.rules)}
+    needy = sorted(methods - {"linear"})
+    if recipe.base_model is None and needy:
+        yield ("base_model",), f"is missing; {', '.join(needy)} need it"
+    names = [entry.name for entry in recipe.models]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield ("models", i, "name"), f"two models are named {name!r}; give one of them another name"
+    if recipe.merge_method != "task_arithmetic" and recipe.parameters.lambda_ is not None and "wemoe" not in methods:
+        yield ("parameters", "lambda"), f"{recipe.merge_method} does not use lambda"
+    for task_name, task in (recipe.tasks or {}).items():
+        expert = task.expert or task_name
+        if expert not in names:
+            near = difflib.get_close_matches(expert, names, 1, 0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f" (models: {', '.join(names)})"
+            key = ("expert",) if task.expert else ()
+            yield ("tasks", task_name, *key), f"no model is named {expert!r}{hint}; set expert: NAME"
+    if recipe.tuning is not None:
+        if not recipe.tasks:
+            yield ("tuning",), "there are no tasks to tune on; add tasks: with unlabeled data"
+        for task_name, task in (recipe.tasks or {}).items():
+            if task.tune is None:
+                yield ("tasks", task_name), "tuning needs tune: the arguments of datasets.load_dataset"
+        if "wemoe" not in methods:
+            yield ("tuning",), "there are no routers to tune; add a rule with merge_method: wemoe"

@@ -1,0 +1,262 @@
+"""What a recipe may say: strict, frozen values. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from typing_extensions import Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from wemoe_plugin.recipe.patterns import KEYWORDS, Pattern, glob_expression
+from wemoe_plugin.recipe.settings import Setting, parse_setting
+
+STATIC_METHODS = ("task_arithmetic", "linear", "base")
+RULE_METHODS = (*STATIC_METHODS, "wemoe")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+_USED_BY = {
+    "task_arithmetic": {"lambda", "normalize"},
+    "linear": {"normalize"},
+    "base": set(),
+    "wemoe": {"router", "task_vectors"},
+}
+
+
+def _parse_pattern(value: Any) -> Pattern:
+    globs = [value] if isinstance(value, str) else value
+    if not isinstance(globs, list) or not globs or not all(isinstance(g, str) and g for g in globs):
+        raise ValueError(f"expected one of the keywords {', '.join(KEYWORDS)}, a glob, or a list of globs")
+    for glob in globs:
+        if glob not in KEYWORDS:
+            glob_expression(glob)
+    return Pattern(tuple(globs))
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not true or false")
+    return value
+
+
+Positive = Annotated[int, Field(ge=1, strict=True), BeforeValidator(_number)]
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True), BeforeValidator(_number)]
+NumberSetting = Annotated[Setting, BeforeValidator(parse_setting)]
+Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+
+
+class Strict(BaseModel):
+    """A frozen value that knows all its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, populate_by_name=False)
+
+
+class RouterSpec(Strict):
+    """The routers of a rule's modules (WEMoE, arXiv 2402.00433, section 3.3).
+
+    Attributes:
+        depth: 2, Linear-ReLU-Linear; 1, one Linear; 0, a constant vector (layer-wise AdaMerging).
+        init_lambda: the weight of every task vector before tuning; default the recipe's ``lambda``.
+        shared: one router for all modules of the rule (E-WEMoE, arXiv 2410.21804).
+    """
+
+    depth: Literal[0, 1, 2] = 2
+    init_lambda: Number | None = None
+    shared: Annotated[bool, Field(strict=True)] = False
+
+
+class TaskVectorSpec(Strict):
+    """How a rule's task vectors are stored.
+
+    Attributes:
+        form: ``dense``, or ``low_rank`` by truncated singular value decomposition.
+        rank: singular values kept per tensor; only with ``low_rank``.
+    """
+
+    form: Literal["dense", "low_rank"] = "dense"
+    rank: Positive | None = None
+
+    @model_validator(mode="after")
+    def _rank_belongs_to_low_rank(self) -> Self:
+        if self.form == "low_rank" and self.rank is None:
+            raise ValueError("form low_rank needs a rank, such as rank: 16")
+        if self.form == "dense" and self.rank is not None:
+            raise ValueError("rank is for form: low_rank")
+        return self
+
+
+class RuleParameters(Strict):
+    """Parameters of one rule; which ones apply depends on its method."""
+
+    lambda_: Annotated[NumberSetting | None, Field(alias="lambda")] = None
+    normalize: Annotated[bool | None, Field(strict=True)] = None
+    router: RouterSpec | None = None
+    task_vectors: TaskVectorSpec | None = None
+
+
+class Rule(Strict):
+    """How one part of the network is merged. The first rule that matches a tensor wins."""
+
+    match: Annotated[Pattern, BeforeValidator(_parse_pattern)]
+    merge_method: Literal["task_arithmetic", "linear", "base", "wemoe"]
+    parameters: RuleParameters = RuleParameters()
+
+    @model_validator(mode="after")
+    def _parameters_belong_to_the_method(self) -> Self:
+        given = {"lambda" if name == "lambda_" else name for name in self.parameters.model_fields_set}
+        idle = sorted(given - _USED_BY[self.merge_method])
+        if idle:
+            used = ", ".join(sorted(_USED_BY[self.merge_method])) or "none"
+            cure = "; for wemoe, λ is router.init_lambda" if self.merge_method == "wemoe" and "lambda" in idle else ""
+            raise ValueError(f"{self.merge_method} does not use {', '.join(idle)} (it uses {used}{cure})")
+        return self
+
+
+class ModelParameters(Strict):
+    """Parameters of one model: ``weight`` is its factor in the merge."""
+
+    weight: NumberSetting | None = None
+
+
+class ModelEntry(Strict):
+    """One model to merge.
+
+    Attributes:
+        model: a directory or a ``.safetensors`` file; relative paths start at the recipe, then at the current folder.
+        name: names routing columns and reports; default the last part of the path.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    name: str = ""
+    parameters: ModelParameters = ModelParameters()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("model"), str) and "name" not in data:
+            last = re.split(r"[/\\]", data["model"].rstrip("/\\"))[-1]
+            data = {**data, "name": re.sub(r"[^\w.-]", "-", last.removesuffix(".safetensors")) or "model"}
+        return data
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError("a name has letters, digits, '_', '-' and '.' only")
+        return name
+
+
+class Parameters(Strict):
+    """Parameters of the default method, mergekit's names."""
+
+    lambda_: Annotated[NumberSetting | None, Field(alias="lambda")] = None
+    weight: NumberSetting | None = None
+    normalize: Annotated[bool | None, Field(strict=True)] = None
+
+
+class HeadSpec(Strict):
+    """A zero-shot head: class names and prompt templates, read by the base model's own text tower.
+
+    Attributes:
+        class_names: the text of each class, in label order; default the data set's own label names.
+        templates: prompts with one ``{}`` each; the class vector is the mean over them.
+    """
+
+    class_names: tuple[str, ...] | None = None
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+
+    @field_validator("templates")
+    @classmethod
+    def _one_place_for_the_name(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        if not templates:
+            raise ValueError("a head needs at least one template")
+        for template in templates:
+            if template.count("{}") != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
+                raise ValueError(f"the template {template!r} needs exactly one {{}} for the class name")
+        return templates
+
+    @field_validator("class_names")
+    @classmethod
+    def _at_least_two(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and len(names) < 2:
+            raise ValueError("a task needs at least two classes")
+        return names
+
+
+class TaskSpec(Strict):
+    """A task: data and a head.
+
+    Attributes:
+        tune: arguments of ``datasets.load_dataset`` for the unlabeled data of tuning.
+        score: arguments of ``datasets.load_dataset`` for the labeled data of scoring.
+        expert: the model that was fine-tuned on it; default the model with the task's name.
+        input: the column with the images.
+        label: the column with the labels; only scoring reads it.
+        limit: use at most this many rows of each, the first ones.
+    """
+
+    tune: dict[str, Any] | None = None
+    score: dict[str, Any] | None = None
+    expert: str | None = None
+    input: str = "image"
+    label: str = "label"
+    limit: Positive | None = None
+    head: HeadSpec = HeadSpec()
+
+    @field_validator("tune", "score")
+    @classmethod
+    def _has_a_path(cls, arguments: dict[str, Any] | None) -> dict[str, Any] | None:
+        if arguments is not None and not isinstance(arguments.get("path"), str):
+            raise ValueError("these are the arguments of datasets.load_dataset; 'path' is missing")
+        return arguments
+
+
+class TuningSpec(Strict):
+    """How the routers are tuned on unlabeled data.
+
+    Attributes:
+        objective: ``distill``, KL to the predictions of each task's own expert; ``entropy``, the paper's
+            test-time adaptation; ``infomax``, entropy less the entropy of the mean prediction.
+        steps: optimizer steps; each takes one batch of every task.
+        learning_rate: Adam's, at the start of its cosine schedule.
+        batch_size: images per task and step.
+        hold_out: images per task that are kept from training and decide which routers are kept.
+        check_every: steps between two looks at the held-out images.
+        seed: draws the routers' initial weights and the order of the data.
+    """
+
+    objective: Literal["distill", "entropy", "infomax"] = "distill"
+    steps: Positive = 300
+    learning_rate: Annotated[Number, Field(gt=0)] = 1e-3
+    batch_size: Positive = 16
+    hold_out: Positive = 64
+    check_every: Positive = 25
+    seed: Annotated[int, Field(ge=0, strict=True), BeforeValidator(_number)] = 0
+
+
+class Recipe(Strict):
+    """A mergekit recipe with three additions: rules, tasks and tuning.
+
+    Attributes:
+        merge_method: for whatever no rule claims.
+        dtype: of the arithmetic; default float32, whatever the inputs are stored in.
+        out_dtype: of the written tensors; default ``dtype`` if given, else as the base (or first model) stores them.
+    """
+
+    merge_method: Literal["task_arithmetic", "linear", "base"]
+    models: tuple[ModelEntry, ...]
+    base_model: Annotated[str, Field(min_length=1)] | None = None
+    parameters: Parameters = Parameters()
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
+    rules: tuple[Rule, ...] = ()
+    tasks: dict[str, TaskSpec] | None = None
+    tuning: TuningSpec | None = None
+
+    @field_validator("models")
+    @classmethod
+    def _at_least_one(cls, models: tuple[ModelEntry, ...]) -> tuple[ModelEntry, ...]:
+        if not models:
+            raise ValueError("a merge needs at least one model")
+        return models

@@ -1,0 +1,128 @@
+"""Read YAML into plain values and remember the line of every one of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wemoe_plugin.errors import RecipeError
+
+Location = tuple[str | int, ...]
+"""Keys and indices from the top of a document, such as ``("rules", 1, "match")``."""
+
+MAX_VALUES = 100_000
+"""More values than this in one document (aliases counted each time they are used) are refused."""
+
+_YAML_TAGS = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True)
+class YamlSource:
+    """One YAML document.
+
+    Attributes:
+        path: the file it came from, as messages show it.
+        data: its plain values.
+        lines: the 1-based line of the key (or list item) at every location.
+    """
+
+    path: Path
+    data: Any
+    lines: Mapping[Location, int]
+
+    def where(self, location: Location) -> str:
+        """``path:line`` of the innermost known part of a location."""
+        for length in range(len(location), -1, -1):
+            if location[:length] in self.lines:
+                return f"{self.path}:{self.lines[location[:length]]}"
+        return str(self.path)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads ``1e-3`` as a number, as YAML 1.2 and every user expect."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    f"{_YAML_TAGS}float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> YamlSource:
+    """Read one YAML file.
+
+    Raises:
+        RecipeError: the file is missing, is not text, is not one YAML document, uses tags that build objects,
+            repeats a key, or is too large once its aliases are followed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as text: {error}") from None
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            reader = _Reader(path, loader)
+            data = reader.value(node, ()) if node is not None else None
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply") from None
+    return YamlSource(path, data, reader.lines)
+
+
+class _Reader:
+    """Turns a node tree into values, noting lines on the way."""
+
+    def __init__(self, path: Path, loader: yaml.SafeLoader) -> None:
+        self.path = path
+        self.loader = loader
+        self.lines: dict[Location, int] = {}
+        self.count = 0
+
+    def value(self, node: yaml.Node, location: Location) -> Any:
+        self.count += 1
+        line = node.start_mark.line + 1
+        if self.count > MAX_VALUES:
+            raise RecipeError(f"{self.path}:{line}: more than {MAX_VALUES:,} values once aliases are followed")
+        if not node.tag.startswith(_YAML_TAGS) or ":python/" in node.tag:
+            raise RecipeError(f"{self.path}:{line}: the tag {node.tag!r} is not allowed; use plain values")
+        self.lines.setdefault(location, line)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, location)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, (*location, i)) for i, item in enumerate(node.value)]
+        if node.tag in (f"{_YAML_TAGS}timestamp", f"{_YAML_TAGS}binary"):
+            return node.value
+        try:
+            return self.loader.construct_object(node)  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise RecipeError(f"{self.path}:{line}: {error}") from None
+
+    def _mapping(self, node: yaml.MappingNode, location: Location) -> dict[str, Any]:
+        self.loader.flatten_mapping(node)
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"{self.path}:{line}: a key must be a plain word")
+            key = key_node.value
+            if key in result:
+                raise RecipeError(f"{self.path}:{line}: the key {key!r} stands twice")
+            self.lines[(*location, key)] = line
+            result[key] = self.value(value_node, (*location, key))
+        return result

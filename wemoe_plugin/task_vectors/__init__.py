@@ -1,0 +1,1 @@
+"""Task vectors in compressed forms."""

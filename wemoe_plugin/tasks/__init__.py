@@ -1,0 +1,1 @@
+"""Data to tune and score on, and the heads that turn features into predictions."""

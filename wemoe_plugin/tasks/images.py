@@ -1,0 +1,144 @@
+"""Images of a task, read through ``datasets`` and decoded when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wemoe_plugin.errors import TuningError
+
+CACHE_BYTES = 256 * 2**20
+"""Decoded images of one data set that are kept, so that small ones are decoded once."""
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+class ImageSet:
+    """Rows of a data set as model inputs.
+
+    Args:
+        dataset: a ``datasets.Dataset``.
+        input_column: its column of images.
+        label_column: its column of integer labels; None where labels must not be looked at.
+        transform: from a picture to (channels, height, width).
+        where: names the data in messages.
+    """
+
+    def __init__(
+        self, dataset: Any, input_column: str, label_column: str | None, transform: Transform, where: str
+    ) -> None:
+        for column in (input_column, label_column):
+            if column is not None and column not in dataset.column_names:
+                raise TuningError(f"{where}: has no column {column!r}; it has {', '.join(dataset.column_names)}")
+        if len(dataset) == 0:
+            raise TuningError(f"{where}: has no rows")
+        feature = dataset.features.get(label_column) if label_column else None
+        self.label_names: list[str] | None = getattr(feature, "names", None)
+        self.where = where
+        self._pictures = dataset.select_columns([input_column])
+        self._labels = dataset.select_columns([label_column]) if label_column else None
+        self._input_column, self._label_column = input_column, label_column
+        self._transform = transform
+        self._cache: dict[int, Tensor] = {}
+        self._room = CACHE_BYTES
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def pixels(self, rows: Sequence[int]) -> Tensor:
+        """Inputs of some rows, (rows, channels, height, width)."""
+        return torch.stack([self._one(row) for row in rows])
+
+    def labels(self, rows: Sequence[int] | None = None) -> Tensor:
+        """Labels of some rows (default all), int64 (rows,)."""
+        if self._labels is None:
+            raise TuningError(f"{self.where}: was opened without labels")
+        chosen = self._labels if rows is None else self._labels.select(rows)
+        values = chosen[self._label_column]
+        if any(type(value) is not int for value in values):
+            raise TuningError(f"{self.where}: the column {self._label_column!r} does not hold integer labels")
+        return torch.tensor(list(values), dtype=torch.int64)
+
+    def _one(self, row: int) -> Tensor:
+        if row in self._cache:
+            return self._cache[row]
+        try:
+            picture = self._pictures[row][self._input_column]
+        except OSError as error:
+            raise TuningError(f"{self.where}: row {row} cannot be decoded: {error}") from None
+        if not isinstance(picture, Image.Image):
+            raise TuningError(f"{self.where}: the column {self._input_column!r} holds {type(picture).__name__}, not images")
+        pixels = self._transform(picture.convert("RGB"))
+        if self._room >= (size := pixels.numel() * pixels.element_size()):
+            self._cache[row] = pixels
+            self._room -= size
+        return pixels
+
+
+def load_images(
+    arguments: Mapping[str, Any],
+    resolve: Callable[[str], Path],
+    transform: Transform,
+    *,
+    input_column: str,
+    label_column: str | None,
+    limit: int | None,
+    where: str,
+) -> ImageSet:
+    """Load a data set.
+
+    Args:
+        arguments: of ``datasets.load_dataset``; a ``path`` that ``Dataset.save_to_disk`` wrote is read as such.
+        resolve: from a path as the recipe names it to where it lies.
+        limit: keep the first rows only.
+        where: names the data in messages, such as ``tasks.digits.tune``.
+
+    Raises:
+        TuningError: the data cannot be loaded, or has no such columns.
+    """
+    import datasets
+
+    kept = {key: value for key, value in arguments.items() if key != "path"}
+    path = resolve(arguments["path"])
+    for key in ("data_dir", "data_files"):
+        if key in kept:
+            kept[key] = _local(kept[key], resolve)
+    if isinstance(kept.get("data_dir"), str) and "://" not in kept["data_dir"] and not Path(kept["data_dir"]).is_dir():
+        raise TuningError(f"{where}: no such directory {kept['data_dir']}")
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.utils.logging.disable_progress_bar()
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+            if "split" in kept and isinstance(loaded, datasets.DatasetDict):
+                loaded = loaded[kept["split"]]
+        else:
+            loaded = datasets.load_dataset(str(path) if path.exists() else arguments["path"], **kept)
+    except Exception as error:  # datasets raises anything, from KeyError to its own builder errors
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TuningError(f"{where}: datasets cannot load it: {first}") from error
+    finally:
+        if bars:
+            datasets.utils.logging.enable_progress_bar()
+    if isinstance(loaded, dict):
+        if len(loaded) != 1:
+            raise TuningError(f"{where}: has the splits {', '.join(map(str, loaded))}; name one with split:")
+        loaded = next(iter(loaded.values()))
+    if limit is not None:
+        loaded = loaded.select(range(min(limit, len(loaded))))
+    return ImageSet(loaded, input_column, label_column, transform, where)
+
+
+def _local(value: Any, resolve: Callable[[str], Path]) -> Any:
+    if isinstance(value, str):
+        return value if "://" in value else str(resolve(value))
+    if isinstance(value, list):
+        return [_local(item, resolve) for item in value]
+    if isinstance(value, dict):
+        return {key: _local(item, resolve) for key, item in value.items()}
+    return value

@@ -1,0 +1,1 @@
+"""Tune routers on unlabeled data: objectives, a guard against collapse, the loop."""
