@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from wemoe_plugin.modeling.loading import load_model
     from wemoe_plugin.modeling.router import Router
     from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE
-    from wemoe_plugin.pipeline import evaluate_directory, merge, tune_directory
+    from wemoe_plugin.pipeline.evaluate import evaluate_directory
+    from wemoe_plugin.pipeline.merge import merge
+    from wemoe_plugin.pipeline.tune import tune_directory
+    from wemoe_plugin.pipeline.workbench import Workbench
     from wemoe_plugin.recipe.loading import load_recipe
 
 _HOMES = {
@@ -25,13 +28,14 @@ _HOMES = {
     "TuningError": "errors",
     "WeightEnsemblingMoE": "modeling.wemoe",
     "WemoeError": "errors",
+    "Workbench": "pipeline.workbench",
     "attach": "modeling.attach",
-    "evaluate_directory": "pipeline",
+    "evaluate_directory": "pipeline.evaluate",
     "load_model": "modeling.loading",
     "load_recipe": "recipe.loading",
-    "merge": "pipeline",
+    "merge": "pipeline.merge",
     "plan_merge": "merging.plan",
-    "tune_directory": "pipeline",
+    "tune_directory": "pipeline.tune",
 }
 __all__ = [*_HOMES]
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wemoe_plugin.merging.executor import Progress
     from wemoe_plugin.merging.plan import MergePlan
     from wemoe_plugin.recipe.loading import RecipeFile
+    from wemoe_plugin.recipe.schema import TuningSpec
     from wemoe_plugin.tuning.loop import Check
 
 
@@ -108,6 +109,7 @@ def merge_command(
     say = _speaker(quiet or json)
     if not recipe.exists() and (near := difflib.get_close_matches(str(recipe), _commands(), 1, 0.7)):
         raise WemoeError(f"{recipe}: no such file; did you mean the command {near[0]!r}?")
+    limit = None if max_memory is None else _bytes(max_memory, "--max-memory")
     timings: dict[str, float] = {}
     with _timed(timings, "plan"):
         source, plan = _planned(recipe, shard_size)
@@ -117,21 +119,30 @@ def merge_command(
         check_output(target, force)
     for line in _summary(plan):
         say(line)
-    from wemoe_plugin.pipeline import evaluate_directory, merge, reseeded, tune_directory
+    from wemoe_plugin.pipeline.merge import merge
+    from wemoe_plugin.pipeline.workbench import Workbench
 
+    tuning = None if no_tune else source.recipe.tuning
+    workbench = None
+    if tuning is not None:
+        with _timed(timings, "data"):
+            workbench = Workbench(source, device)
+            scoring = all(task.score is not None for task in workbench.tasks.values())
+            workbench.check(scoring=scoring)
     with _timed(timings, "merge"), _progress(plan.bytes_read, quiet or json) as progress:
-        limit = None if max_memory is None else _bytes(max_memory, "--max-memory")
         merge(source, plan, target, force=force, jobs=jobs, max_memory=limit, progress=progress)
     say(f"merged {_size(plan.bytes_read)} into {_size(plan.bytes_written)} in {timings['merge']:.1f} s: {target}")
     result: dict[str, Any] = {"directory": str(target), "seconds": timings}
-    if source.recipe.tuning is not None and not no_tune:
+    if workbench is not None and tuning is not None:
+        from wemoe_plugin.pipeline.evaluate import evaluate_directory
+        from wemoe_plugin.pipeline.tune import tune_directory
+
         with _timed(timings, "tune"):
-            spec = reseeded(source.recipe.tuning, seed)
-            outcome = tune_directory(target, spec=spec, device=device, say=say, on_check=_check_printer(say))
+            outcome = tune_directory(target, workbench, _reseeded(tuning, seed), say=say, on_check=_check_printer(say))
         _tell_outcome(outcome, say)
         result["tuning"] = {"best_step": outcome.best_step, "collapsed": list(outcome.collapsed)}
-        if all(task.score is not None for task in (source.recipe.tasks or {}).values()):
-            scores = evaluate_directory(target, device=device, say=say, seconds=timings)
+        if scoring:
+            scores = evaluate_directory(target, workbench, say=say, seconds=timings)
             result |= scores.to_json()
             _tell_scores(scores, say)
             say(f"report: {target / 'report.html'}")
@@ -185,11 +196,16 @@ def tune_command(
 ) -> None:
     """Tune the routers of an output directory on its recipe's unlabeled data."""
     say = _speaker(quiet)
-    from wemoe_plugin.pipeline import recipe_of, reseeded, tune_directory
+    from wemoe_plugin.pipeline.merge import recipe_of
+    from wemoe_plugin.pipeline.tune import tune_directory
+    from wemoe_plugin.pipeline.workbench import Workbench
     from wemoe_plugin.recipe.schema import TuningSpec
 
-    spec = reseeded(recipe_of(directory).recipe.tuning or TuningSpec(), seed)
-    outcome = tune_directory(directory, spec=spec, device=device, say=say, on_check=_check_printer(say))
+    source = recipe_of(directory)
+    spec = _reseeded(source.recipe.tuning or TuningSpec(), seed)
+    workbench = Workbench(source, device)
+    workbench.check(scoring=False)
+    outcome = tune_directory(directory, workbench, spec, say=say, on_check=_check_printer(say))
     _tell_outcome(outcome, say)
 
 
@@ -199,9 +215,11 @@ def evaluate_command(
 ) -> None:
     """Score base, experts, static merge and merged model on the recipe's labeled data."""
     say = _speaker(quiet or json)
-    from wemoe_plugin.pipeline import evaluate_directory
+    from wemoe_plugin.pipeline.evaluate import evaluate_directory
+    from wemoe_plugin.pipeline.merge import recipe_of
+    from wemoe_plugin.pipeline.workbench import Workbench
 
-    scores = evaluate_directory(directory, device=device, say=say)
+    scores = evaluate_directory(directory, Workbench(recipe_of(directory), device), say=say)
     _tell_scores(scores, say)
     say(f"report: {directory / 'report.html'}")
     if json:
@@ -225,6 +243,10 @@ def demo_command(
     merge_command(recipe, out=out / "merged", force=force, device=device, quiet=quiet)
     say(f"\nEverything is in {out}/: recipe.yaml, data/, models/, merged/")
     say(f'Load it: from wemoe_plugin import load_model; model = load_model("{out / "merged"}")')
+
+
+def _reseeded(spec: TuningSpec, seed: int | None) -> TuningSpec:
+    return spec if seed is None else spec.model_copy(update={"seed": seed})
 
 
 def _commands() -> list[str]:

@@ -16,6 +16,7 @@ from typing_extensions import Self
 import torch
 from torch import Tensor
 
+from wemoe_plugin.checkpoints.checkpoint import Checkpoint
 from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor, build_header
 from wemoe_plugin.errors import CheckpointError
 
@@ -75,6 +76,12 @@ class RangeReader:
                 raise CheckpointError(f"{tensor.file}: ends within {tensor.name!r}; it was changed during the merge")
             done += got
         return result
+
+
+def read_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, in memory, by the names the checkpoint gives them."""
+    with RangeReader(stored.file for stored in checkpoint.tensors.values()) as reader:
+        return {name: reader.read(t, 0, t.elements).view(t.shape) for name, t in checkpoint.tensors.items()}
 
 
 class TensorFile:

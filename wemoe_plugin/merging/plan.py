@@ -14,6 +14,7 @@ from pathlib import Path
 from wemoe_plugin.checkpoints.checkpoint import WEIGHT_NAMES, Checkpoint, open_checkpoint
 from wemoe_plugin.checkpoints.header import FLOATS, StoredTensor
 from wemoe_plugin.errors import CheckpointError, PlanError
+from wemoe_plugin.merging.alignment import align
 from wemoe_plugin.merging.layout import OutputFile, lay_out
 from wemoe_plugin.merging.operations import Combine, Copy, Mixture, Operation, OutputTensor, Upscale
 from wemoe_plugin.merging.upscaling import UpscaledLayer, UpscaledModule, find_upscaled_modules
@@ -140,7 +141,7 @@ def _open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
         base = models[0]
     if base.checkpoint.library is None:
         raise CheckpointError(f"{base.checkpoint.path}: the base must be a directory with its configuration")
-    return base, models
+    return base, tuple(Model(model.name, align(model.checkpoint, base.checkpoint)) for model in models)
 
 
 def _misfits(base: Model, experts: tuple[Model, ...]) -> Iterable[str]:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
+from wemoe_plugin.checkpoints.ranges import read_tensors
 from wemoe_plugin.errors import CheckpointError
 
 Features = Callable[[Any], Tensor]
@@ -22,8 +23,11 @@ Features = Callable[[Any], Tensor]
 class ModelFamily(Protocol):
     """A library that builds models from directories."""
 
-    def build(self, directory: Path, dtype: torch.dtype) -> nn.Module:
-        """The directory's model with its ordinary weights, in eval mode on the CPU."""
+    def build(self, directory: Path, dtype: torch.dtype, overlay: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The directory's model with its ordinary weights, in eval mode on the CPU.
+
+        Tensors in ``overlay``, by the names of the directory's files, take the place of the directory's own.
+        """
 
     def image_transform(self, directory: Path) -> Callable[[Image.Image], Tensor]:
         """From a picture to the model's input, (channels, height, width)."""
@@ -44,12 +48,14 @@ class ModelFamily(Protocol):
 class OpenClipFamily:
     """open_clip's CLIP models."""
 
-    def build(self, directory: Path, dtype: torch.dtype) -> nn.Module:
+    def build(self, directory: Path, dtype: torch.dtype, overlay: Mapping[str, Tensor] | None = None) -> nn.Module:
         import open_clip
 
-        precision = {torch.float32: "fp32", torch.float16: "pure_fp16", torch.bfloat16: "pure_bf16"}.get(dtype, "fp32")
         with _quiet(), _as_checkpoint_error(directory):
-            return open_clip.create_model(f"local-dir:{directory}", precision=precision).eval()
+            model = open_clip.create_model(f"local-dir:{directory}", precision="fp32")
+            if overlay:
+                model.load_state_dict({**model.state_dict(), **overlay})
+        return model.to(dtype).eval()  # type: ignore[no-any-return]
 
     def image_transform(self, directory: Path) -> Callable[[Image.Image], Tensor]:
         import open_clip
@@ -88,15 +94,22 @@ class OpenClipFamily:
 class TransformersFamily:
     """Models of transformers; features are those of CLIP-like classes."""
 
-    def build(self, directory: Path, dtype: torch.dtype) -> nn.Module:
+    def build(self, directory: Path, dtype: torch.dtype, overlay: Mapping[str, Tensor] | None = None) -> nn.Module:
         import transformers
 
-        names = open_checkpoint(directory).config.get("architectures") or []
+        checkpoint = open_checkpoint(directory)
+        names = checkpoint.config.get("architectures") or []
         kind = getattr(transformers, names[0], None) if names else None
         if kind is None:
             raise CheckpointError(f"{directory}: config.json names no class of transformers under 'architectures'")
         with _quiet(), _as_checkpoint_error(directory):
-            return kind.from_pretrained(directory, dtype=dtype, local_files_only=True).eval()  # type: ignore[no-any-return]
+            if overlay:
+                state = {**read_tensors(checkpoint), **overlay}
+                config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+                model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+            else:
+                model = kind.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        return model.eval()  # type: ignore[no-any-return]
 
     def image_transform(self, directory: Path) -> Callable[[Image.Image], Tensor]:
         from transformers import AutoImageProcessor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wemoe_plugin.errors import TuningError
 
-CACHE_BYTES = 256 * 2**20
+CACHE_BYTES = 64 * 2**20
 """Decoded images of one data set that are kept, so that small ones are decoded once."""
 
 Transform = Callable[[Image.Image], Tensor]

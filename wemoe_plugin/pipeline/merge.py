@@ -1,0 +1,121 @@
+"""From a plan to an output directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from wemoe_plugin.checkpoints.companions import copy_companions
+from wemoe_plugin.checkpoints.header import FLOATS
+from wemoe_plugin.checkpoints.manifest import read_manifest, sha256_of, write_manifest
+from wemoe_plugin.checkpoints.staging import staged_directory
+from wemoe_plugin.errors import CheckpointError
+from wemoe_plugin.merging.card import model_card
+from wemoe_plugin.merging.executor import Progress, execute_plan
+from wemoe_plugin.merging.plan import MergePlan
+from wemoe_plugin.modeling.attach import save_routers
+from wemoe_plugin.modeling.config import CONFIG_NAME, LayerConfig, ModuleConfig, RouterConfig, WemoeConfig
+from wemoe_plugin.modeling.router import Router
+from wemoe_plugin.recipe.loading import RecipeFile, load_recipe
+
+
+def merge(
+    source: RecipeFile,
+    plan: MergePlan,
+    out: Path,
+    *,
+    force: bool = False,
+    jobs: int | None = None,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Carry out a plan; the output directory appears whole or not at all.
+
+    Raises:
+        WemoeError: see `wemoe_plugin.merging.executor.execute_plan` and
+            `wemoe_plugin.checkpoints.staging.staged_directory`.
+    """
+    seed = source.recipe.tuning.seed if source.recipe.tuning else 0
+    with staged_directory(out, force) as work:
+        copy_companions(plan.base.checkpoint.path, work, _common_dtype(plan))
+        execute_plan(plan, work, jobs=jobs, max_memory=max_memory, progress=progress)
+        if len(plan.static_files) > 1:
+            _write_index(plan, work)
+        if plan.modules:
+            config = wemoe_config(plan)
+            (work / CONFIG_NAME).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            save_routers(work, fresh_routers(config, seed))
+        shutil.copyfile(source.path, work / "recipe.yaml")
+        if source.tasks_path is not None:
+            shutil.copyfile(source.tasks_path, work / "tasks.yaml")
+        text = source.path.read_text(encoding="utf-8")
+        (work / "README.md").write_text(model_card(plan, out.name, text), encoding="utf-8")
+        origin = os.path.relpath(source.directory.resolve(), out.resolve())
+        write_manifest(work, {"recipe_directory": origin, "recipe_sha256": sha256_of(source.path)})
+
+
+def _common_dtype(plan: MergePlan) -> str | None:
+    dtypes = {t.dtype for file in plan.static_files for t in file.tensors if t.dtype in FLOATS}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _write_index(plan: MergePlan, directory: Path) -> None:
+    weight_map = {tensor.name: file.name for file in plan.static_files for tensor in file.tensors}
+    total = sum(file.nbytes for file in plan.static_files)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def wemoe_config(plan: MergePlan) -> WemoeConfig:
+    """What ``wemoe_config.json`` says of a plan."""
+    modules = []
+    for module in plan.modules:
+        weights = [layer for layer in module.layers if layer.tensor.endswith("weight")]
+        biased = {layer.path for layer in module.layers if not layer.tensor.endswith("weight")}
+        layers = tuple(
+            LayerConfig(
+                path=layer.path,
+                form="dense" if layer.rank is None else "low_rank",
+                rank=layer.rank,
+                bias=layer.path in biased,
+            )
+            for layer in weights
+        )
+        modules.append(ModuleConfig(path=module.path, router=module.router.name, lambdas=module.lambdas, layers=layers))
+    routers = {m.router.name: RouterConfig(width=m.router.width, depth=m.router.depth) for m in plan.modules}  # type: ignore[arg-type]
+    return WemoeConfig(
+        library=plan.library,  # type: ignore[arg-type]
+        experts=tuple(expert.name for expert in plan.experts),
+        modules=tuple(modules),
+        routers=routers,
+        vector_files=tuple(file.name for file in plan.vector_files),
+    )
+
+
+def fresh_routers(config: WemoeConfig, seed: int) -> dict[str, Router]:
+    """Routers that give λ for any input, by name."""
+    generator = torch.Generator().manual_seed(seed)
+    lambdas = {module.router: module.lambdas for module in config.modules}
+    return {
+        name: Router(spec.width, len(config.experts), spec.depth, lambdas[name], generator)
+        for name, spec in config.routers.items()
+    }
+
+
+def recipe_of(directory: Path) -> RecipeFile:
+    """The recipe an output directory was made from, its paths starting where the recipe stood then.
+
+    Raises:
+        CheckpointError: the directory is not an output.
+    """
+    origin = read_manifest(directory).get("recipe_directory")
+    if not isinstance(origin, str):
+        raise CheckpointError(f"{directory}: its manifest does not say where the recipe stood")
+    tasks = directory / "tasks.yaml"
+    start = Path(os.path.normpath(directory.resolve() / origin))
+    return load_recipe(directory / "recipe.yaml", start, tasks if tasks.is_file() else None)

@@ -1,0 +1,139 @@
+"""What tuning and scoring share: the recipe's models, its data, and the base's way of reading both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
+from wemoe_plugin.checkpoints.ranges import read_tensors
+from wemoe_plugin.errors import CheckpointError, TuningError
+from wemoe_plugin.merging.alignment import align
+from wemoe_plugin.modeling.families import FAMILIES, ModelFamily
+from wemoe_plugin.modeling.loading import load_static
+from wemoe_plugin.recipe.loading import RecipeFile
+from wemoe_plugin.recipe.schema import TaskSpec
+from wemoe_plugin.tasks.head import ZeroShotHead, check_labels, choose_class_names, zero_shot_head
+from wemoe_plugin.tasks.images import ImageSet, load_images
+
+
+class Workbench:
+    """Data, heads and plain models of a recipe, each loaded when it is first needed.
+
+    Args:
+        source: a recipe with tasks.
+        device: where models run.
+
+    Raises:
+        TuningError: the recipe has no tasks.
+        CheckpointError: its base is not there.
+    """
+
+    def __init__(self, source: RecipeFile, device: str = "cpu") -> None:
+        if not source.recipe.tasks:
+            raise TuningError(f"{source.path}: has no tasks; add tasks: to the recipe")
+        self.source = source
+        self.device = device
+        self.tasks: dict[str, TaskSpec] = source.recipe.tasks
+        self.base_path = source.resolve(source.recipe.base_model or source.recipe.models[0].model)
+        self.family: ModelFamily = FAMILIES[open_checkpoint(self.base_path).library or "transformers"]
+        self._expert_paths = {entry.name: source.resolve(entry.model) for entry in source.recipe.models}
+        self._sets: dict[tuple[str, str], ImageSet] = {}
+
+    def check(self, *, scoring: bool) -> None:
+        """Open all data and look at its columns, class names and labels, before any long work.
+
+        Raises:
+            TuningError: whatever is wrong with it.
+        """
+        for name, task in self.tasks.items():
+            if task.tune is not None:
+                self.tuning_images(name)
+            self.class_names(name)
+            if scoring:
+                self.labels(name)
+
+    def tuning_images(self, task: str) -> ImageSet:
+        """The task's unlabeled images."""
+        return self._images(task, "tune")
+
+    def scoring_images(self, task: str) -> ImageSet:
+        """The task's labeled images."""
+        return self._images(task, "score")
+
+    def labels(self, task: str) -> Tensor:
+        """The labels of `scoring_images`, int64 (rows,), each with a class name.
+
+        Raises:
+            TuningError: a label lies outside of the class names.
+        """
+        labels = self.scoring_images(task).labels()
+        check_labels(labels, self.class_names(task), f"tasks.{task}.score")
+        return labels
+
+    def class_names(self, task: str) -> tuple[str, ...]:
+        """The task's class names in label order."""
+        spec = self.tasks[task]
+        stored = self.scoring_images(task).label_names if spec.score is not None else None
+        return choose_class_names(spec.head.class_names, stored, f"tasks.{task}")
+
+    def head(self, task: str) -> ZeroShotHead:
+        """The task's zero-shot head, by the base's text tower."""
+
+        def encode(texts: Sequence[str]) -> Tensor:
+            return self.family.encode_text(self.base, self._tokenize(texts).to(self.device))
+
+        scale = float(self.family.logit_scale(self.base).detach())
+        return zero_shot_head(encode, self.class_names(task), self.tasks[task].head.templates, scale)
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The base model."""
+        return load_static(self.base_path, self.device)
+
+    def expert_name(self, task: str) -> str:
+        """The model that was fine-tuned on a task."""
+        return self.tasks[task].expert or task
+
+    def expert(self, name: str) -> nn.Module:
+        """The base model with an expert's tensors; what a partial expert lacks is the base's."""
+        path = self._expert_paths[name]
+        checkpoint = align(open_checkpoint(path), open_checkpoint(self.base_path))
+        try:
+            return self.family.build(self.base_path, torch.float32, read_tensors(checkpoint)).to(self.device)
+        except CheckpointError as error:
+            raise CheckpointError(f"the expert {name} ({path}): {error}") from error
+
+    def encode(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """Image features (batch, embed) of a model."""
+        return self.family.encode_image(model, pixels.to(self.device))
+
+    @cached_property
+    def _tokenize(self) -> Callable[[Sequence[str]], Tensor]:
+        return self.family.tokenizer(self.base_path)
+
+    @cached_property
+    def _transform(self) -> Callable[[Image.Image], Tensor]:
+        return self.family.image_transform(self.base_path)
+
+    def _images(self, task: str, purpose: str) -> ImageSet:
+        if (task, purpose) not in self._sets:
+            spec, where = self.tasks[task], f"tasks.{task}.{purpose}"
+            arguments = spec.tune if purpose == "tune" else spec.score
+            if arguments is None:
+                raise TuningError(f"{where}: is missing; it holds the arguments of datasets.load_dataset")
+            self._sets[task, purpose] = load_images(
+                arguments,
+                self.source.resolve,
+                self._transform,
+                input_column=spec.input,
+                label_column=spec.label if purpose == "score" else None,
+                limit=spec.limit,
+                where=where,
+            )
+        return self._sets[task, purpose]
