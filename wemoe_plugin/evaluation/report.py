@@ -24,7 +24,7 @@ def score_lines(scores: Scores) -> list[str]:
     return lines
 
 
-_CELL_WIDTH, _CELL_HEIGHT, _GAP, _TOP = 52, 26, 36, 74
+_CELL_WIDTH, _CELL_HEIGHT, _GAP, _HEAD, _ACROSS = 52, 26, 28, 44, 4
 
 
 def render_routing(scores: Scores) -> str:
@@ -32,9 +32,12 @@ def render_routing(scores: Scores) -> str:
     modules = list(next(iter(scores.routing.values())))
     labels = short_names(modules)
     left = 16 + 7 * max(len(label) for label in labels)
+    across = min(len(scores.routing), max(1, _ACROSS * 4 // max(4, len(scores.experts))))
+    down = -(-len(scores.routing) // across)
     panel = _CELL_WIDTH * len(scores.experts)
-    width = left + len(scores.routing) * (panel + _GAP)
-    height = _TOP + _CELL_HEIGHT * len(modules) + 20
+    block = _HEAD + _CELL_HEIGHT * len(modules) + 16
+    width = left + across * (panel + _GAP) - _GAP + 8
+    height = 32 + down * block
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="12">',
@@ -42,25 +45,26 @@ def render_routing(scores: Scores) -> str:
         f'<text x="{left}" y="20" font-size="14" fill="#1b1f24">Mean routing weight of each expert, '
         "by task of the images</text>",
     ]
-    for row, label in enumerate(labels):
-        y = _TOP + row * _CELL_HEIGHT + 17
-        parts.append(f'<text x="{left - 8}" y="{y}" text-anchor="end" fill="#57606a">{escape(label)}</text>')
-    for column, (task, weights) in enumerate(scores.routing.items()):
-        x = left + column * (panel + _GAP)
-        parts.append(f'<text x="{x}" y="44" font-weight="600" fill="#1b1f24">{escape(task)} images</text>')
-        parts += _panel(x, [weights[module] for module in modules], scores.experts)
+    for i, (task, weights) in enumerate(scores.routing.items()):
+        x, y = left + (i % across) * (panel + _GAP), 32 + (i // across) * block
+        if i % across == 0:
+            for row, label in enumerate(labels):
+                middle = y + _HEAD + row * _CELL_HEIGHT + 17
+                parts.append(f'<text x="{left - 8}" y="{middle}" text-anchor="end" fill="#57606a">{escape(label)}</text>')
+        parts.append(f'<text x="{x}" y="{y + 14}" font-weight="600" fill="#1b1f24">{escape(task)} images</text>')
+        parts += _panel(x, y, [weights[module] for module in modules], scores.experts)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _panel(x: int, rows: Sequence[Sequence[float]], experts: Sequence[str]) -> list[str]:
+def _panel(x: int, y: int, rows: Sequence[Sequence[float]], experts: Sequence[str]) -> list[str]:
     parts = []
     for k, expert in enumerate(experts):
         middle = x + k * _CELL_WIDTH + _CELL_WIDTH // 2
         shown = expert if len(expert) <= 8 else f"{expert[:7]}…"
-        parts.append(f'<text x="{middle}" y="64" text-anchor="middle" font-size="11" fill="#57606a">{escape(shown)}</text>')
+        parts.append(f'<text x="{middle}" y="{y + 34}" text-anchor="middle" font-size="11" fill="#57606a">{escape(shown)}</text>')
     for row, weights in enumerate(rows):
         for k, weight in enumerate(weights):
-            left, top = x + k * _CELL_WIDTH, _TOP + row * _CELL_HEIGHT
+            left, top = x + k * _CELL_WIDTH, y + _HEAD + row * _CELL_HEIGHT
             ink = "#ffffff" if abs(weight) > 0.55 else "#1b1f24"
             parts.append(
                 f'<rect x="{left}" y="{top}" width="{_CELL_WIDTH - 2}" height="{_CELL_HEIGHT - 2}" rx="3" '
@@ -102,7 +106,7 @@ th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); text-align
 th { color: var(--soft); font-weight: 500; } tr.mean td { font-weight: 600; border-top: 2px solid var(--line); }
 .track { display: inline-block; width: 6rem; height: .5rem; border-radius: .25rem; background: var(--rest); margin-right: .6rem; }
 .fill { display: block; height: 100%; border-radius: .25rem; background: var(--bar); }
-figure { margin: 0; overflow-x: auto; } footer { color: var(--soft); margin-top: 2rem; font-size: .9rem; }
+figure { margin: 0; } figure svg { max-width: 100%; height: auto; border-radius: .4rem; } footer { color: var(--soft); margin-top: 2rem; font-size: .9rem; }
 """
 
 

@@ -126,11 +126,11 @@ def glob_expression(glob: str) -> re.Pattern[str]:
         if component == "**":
             pieces.append(r"[^.]+(?:\.[^.]+)*" if last else r"(?:[^.]+\.)*")
         else:
-            pieces.append(_component_expression(component) + ("" if last else r"\."))
+            pieces.append(_component_expression(component, glob) + ("" if last else r"\."))
     return re.compile("".join(pieces))
 
 
-def _component_expression(component: str) -> str:
+def _component_expression(component: str, glob: str) -> str:
     if component == "*":
         return "[^.]+"
     pieces = []
@@ -140,7 +140,7 @@ def _component_expression(component: str) -> str:
         elif piece.startswith("["):
             bounds = re.fullmatch(r"\[(\d{1,6})-(\d{1,6})\]", piece)
             if bounds is None or int(bounds[2]) < int(bounds[1]) or int(bounds[2]) - int(bounds[1]) > 10_000:
-                raise ValueError(f"{piece} in {component!r} is not a range of numbers such as [0-5]")
+                raise ValueError(f"{piece} in {glob!r} is not a range of numbers such as [0-5]")
             pieces.append("(?:" + "|".join(str(n) for n in range(int(bounds[1]), int(bounds[2]) + 1)) + ")")
         else:
             pieces.append(re.escape(piece))

@@ -1,0 +1,95 @@
+"""Model directories as the libraries write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import open_clip_family, save_open_clip, transformers_family
+
+from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
+from wemoe_plugin.checkpoints.ranges import read_tensors
+from wemoe_plugin.errors import CheckpointError
+
+
+def test_open_clip_directory(tmp_path: Path) -> None:
+    (model,) = open_clip_family(tmp_path, 0)
+    checkpoint = open_checkpoint(tmp_path / "base")
+    assert checkpoint.library == "open_clip"
+    assert checkpoint.config["model_cfg"]["embed_dim"] == 16
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in read_tensors(checkpoint).items())
+
+
+def test_transformers_directory_in_one_file_or_sharded(tmp_path: Path) -> None:
+    base, _ = transformers_family(tmp_path, 0)
+    base.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
+    whole, sharded = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "sharded")
+    assert whole.library == sharded.library == "transformers"
+    first, second = read_tensors(whole), read_tensors(sharded)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_lone_file(tmp_path: Path) -> None:
+    open_clip_family(tmp_path, 0)
+    checkpoint = open_checkpoint(tmp_path / "base" / "open_clip_model.safetensors")
+    assert checkpoint.library is None
+    assert "visual.proj" in checkpoint.tensors
+
+
+def sharded(tmp_path: Path) -> Path:
+    base, _ = transformers_family(tmp_path, 0)
+    base.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    return tmp_path / "sharded"
+
+
+def test_an_absent_shard_is_named(tmp_path: Path) -> None:
+    directory = sharded(tmp_path)
+    shard = sorted(directory.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"the shard {shard.name} is listed but absent"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: dict.fromkeys(m, "../base/model.safetensors"), "lies outside of the directory"),
+        (lambda m: {**m, "ghost": next(iter(m.values()))}, "'ghost' is listed in"),
+        (lambda m: ["x"], "has no weight_map"),
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    directory = sharded(tmp_path)
+    index = directory / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    index.write_text(json.dumps({**data, "weight_map": change(data["weight_map"])}))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(directory)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such directory or file"):
+        open_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"neither config\.json \(transformers\) nor open_clip_config\.json"):
+        open_checkpoint(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        open_checkpoint(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    (tmp_path / "empty" / "pytorch_model.bin").write_text("x")
+    with pytest.raises(CheckpointError, match=r"no weights.*pytorch_model\.bin is a torch file"):
+        open_checkpoint(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        open_checkpoint(tmp_path / "empty" / "pytorch_model.bin")
+
+
+def test_the_name_open_clip_itself_prefers_comes_first(tmp_path: Path) -> None:
+    (model,) = open_clip_family(tmp_path, 0)
+    directory = save_open_clip(model, tmp_path / "two")
+    (directory / "model.safetensors").write_bytes(b"junk")
+    assert open_checkpoint(directory).tensors["visual.proj"].file.name == "open_clip_model.safetensors"

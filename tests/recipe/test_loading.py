@@ -1,0 +1,184 @@
+"""A recipe is read whole, or every problem is named with its line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from wemoe_plugin.errors import RecipeError
+from wemoe_plugin.recipe.loading import RecipeFile, load_recipe
+
+GOOD = """\
+base_model: ./base
+models:
+  - model: ./experts/digits
+    parameters: {weight: 0.5}
+  - {model: ./experts/shapes-v2.safetensors, name: shapes}
+merge_method: task_arithmetic
+parameters: {lambda: 0.3}
+dtype: float32
+out_dtype: bfloat16
+rules:
+  - match: mlp
+    merge_method: wemoe
+    parameters:
+      router: {depth: 1, init_lambda: 0.4, shared: true}
+      task_vectors: {form: low_rank, rank: 16}
+  - match: [text_model.**, logit_scale]
+    merge_method: base
+tasks:
+  digits:
+    tune: {path: imagefolder, data_dir: tune}
+    head: {class_names: [zero, one], templates: ["the digit {}."]}
+tuning: {objective: distill, steps: 10, learning_rate: 1e-3, batch_size: 4}
+"""
+
+
+def load(tmp_path: Path, text: str) -> RecipeFile:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path)
+
+
+def problems(tmp_path: Path, text: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, text)
+    return [line.removeprefix(f"{tmp_path}/") for line in str(caught.value).splitlines()]
+
+
+def test_reads_every_part(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD).recipe
+    assert [entry.name for entry in recipe.models] == ["digits", "shapes"]
+    first, second = recipe.rules
+    assert first.match.globs == ("mlp",)
+    assert second.match.globs == ("text_model.**", "logit_scale")
+    assert first.parameters.router is not None
+    assert (first.parameters.router.depth, first.parameters.router.init_lambda) == (1, 0.4)
+    assert first.parameters.task_vectors is not None
+    assert first.parameters.task_vectors.rank == 16
+    assert recipe.tuning is not None
+    assert recipe.tuning.learning_rate == 1e-3
+    assert recipe.tasks is not None
+    assert recipe.tasks["digits"].head.class_names == ("zero", "one")
+
+
+def test_names_default_to_the_last_part_of_the_path(tmp_path: Path) -> None:
+    text = "merge_method: linear\nmodels: [{model: a/b c/}, {model: x/y.safetensors}]\n"
+    assert [entry.name for entry in load(tmp_path, text).recipe.models] == ["b-c", "y"]
+
+
+def test_reports_all_problems_at_once_by_line(tmp_path: Path) -> None:
+    text = GOOD.replace("parameters: {weight: 0.5}", "parametrs: {weight: 0.5}").replace("lambda: 0.3", "lamda: 0.3")
+    text = text.replace("depth: 1", "depth: 5").replace("batch_size: 4", "batch_size: 0")
+    assert problems(tmp_path, text) == [
+        "recipe.yaml:4: models[0].parametrs: unknown key; did you mean 'parameters'?",
+        "recipe.yaml:7: parameters.lamda: unknown key; did you mean 'lambda'?",
+        "recipe.yaml:14: rules[0].parameters.router.depth: 5 is not one of 0, 1 or 2",
+        "recipe.yaml:22: tuning.batch_size: input should be greater than or equal to 1 (found 0)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("merge_method: task_arithmetic\n", "", "recipe.yaml:1: merge_method: is missing; it says what becomes of"),
+        ("merge_method: task_arithmetic", "merge_method: task_arithmetics", "did you mean 'task_arithmetic'?"),
+        ("merge_method: task_arithmetic", "merge_method: wemoe", "recipe.yaml:6: merge_method: wemoe upscales parts"),
+        ("base_model: ./base\n", "", "base_model: is missing; base, task_arithmetic, wemoe need it"),
+        ("name: shapes", "name: digits", "recipe.yaml:5: models[1].name: two models are named 'digits'"),
+        ("name: shapes", "name: a/b", "a name has letters, digits"),
+        ("weight: 0.5", "weight: [0.1, high]", "weight: expected a number, a list of numbers"),
+        ("weight: 0.5", "weight: [{filter: mlp}]", "a condition has the keys 'value'"),
+        ("weight: 0.5", "weight: .nan", "expected finite numbers"),
+        ("form: low_rank, rank: 16", "form: low_rank", "form low_rank needs a rank"),
+        ("form: low_rank, rank: 16", "rank: 16", "rank is for form: low_rank"),
+        ("match: mlp", "match: layers..mlp", "recipe.yaml:11: rules[0].match: 'layers..mlp' has an empty component"),
+        ("match: mlp", "match: 'layers.[5-1]'", "[5-1] in 'layers.[5-1]' is not a range of numbers"),
+        ("match: mlp", "match: 3", "expected one of the keywords mlp, attention, a glob"),
+        ("    merge_method: base", "    merge_method: base\n    parameters: {lambda: 1}", "base does not use lambda"),
+        ("router: {depth: 1", "lambda: 1\n      router: {depth: 1", "for wemoe, λ is router.init_lambda"),
+        ('"the digit {}."', '"the digit"', "the template 'the digit' needs exactly one {}"),
+        ('"the digit {}."', '"{} {x}"', "needs exactly one {}"),
+        ("tune: {path: imagefolder, data_dir: tune}", "tune: {data_dir: tune}", "'path' is missing"),
+        ("  digits:\n", "  digts:\n", "recipe.yaml:19: tasks.digts: no model is named 'digts'; did you mean 'digits'?"),
+        ("tune: {path: imagefolder, data_dir: tune}", "label: label", "tasks.digits: tuning needs tune:"),
+        ("steps: 10", "steps: true", "tuning.steps: expected a number, not true or false"),
+        ("steps: 10", "stepz: 10", "tuning.stepz: unknown key; did you mean 'steps'?"),
+        ("dtype: float32", "slices: []", "slices is carried out by mergekit"),
+        ("objective: distill", "objective: destill", "'destill' is not one of 'distill', 'entropy' or 'infomax'"),
+    ],
+)
+def test_names_what_is_wrong_and_what_would_mend_it(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    assert message in "\n".join(problems(tmp_path, GOOD.replace(old, new, 1)))
+
+
+def test_tuning_without_tasks_is_an_error(tmp_path: Path) -> None:
+    text = GOOD[: GOOD.index("tasks:")] + "tuning: {steps: 10}\n"
+    assert problems(tmp_path, text) == [
+        "recipe.yaml:18: tuning: there are no tasks to tune on; add tasks: with unlabeled data"
+    ]
+
+
+def test_tuning_without_routers_is_an_error(tmp_path: Path) -> None:
+    text = GOOD.replace(GOOD[GOOD.index("  - match: mlp") : GOOD.index("  - match: [text")], "")
+    assert "there are no routers to tune; add a rule with merge_method: wemoe" in problems(tmp_path, text)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\n", "not valid YAML"),
+        ("a: 1\na: 2\n", "recipe.yaml:2: the key 'a' stands twice"),
+        ("a: !!python/object/apply:os.system [ls]\n", "the tag 'tag:yaml.org,2002:python/object/apply:os.system' is not"),
+        ("a: !custom 1\n", "the tag '!custom' is not allowed"),
+        ("? [1, 2]\n: 3\n", "a key must be a plain word"),
+        ("- 1\n", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        ("a: 1\n---\nb: 2\n", "not valid YAML"),
+        ("a: &a [*a]\n", "nested too deeply"),
+    ],
+)
+def test_refuses_yaml_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    assert message in "\n".join(problems(tmp_path, text))
+
+
+def test_refuses_alias_bombs(tmp_path: Path) -> None:
+    text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    text += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+    assert "more than 100,000 values once aliases are followed" in problems(tmp_path, text)[0]
+
+
+def test_problems_of_a_tasks_file_name_that_file(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("digits:\n  tune: {path: x}\n  heads: {}\n")
+    text = GOOD[: GOOD.index("tasks:")] + "tasks: t.yaml\n"
+    assert problems(tmp_path, text) == ["t.yaml:3: digits.heads: unknown key; did you mean 'head'?"]
+
+
+def test_a_missing_tasks_file_is_named_with_the_line_that_names_it(tmp_path: Path) -> None:
+    text = GOOD[: GOOD.index("tasks:")] + "tasks: t.yaml\n"
+    assert problems(tmp_path, text) == [f"recipe.yaml:18: tasks: {tmp_path}/t.yaml: no such file"]
+
+
+def test_paths_start_at_the_recipe_and_then_at_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    for directory in (home / "both", here / "both", here / "only-here"):
+        directory.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    source = load(home, "merge_method: linear\nmodels: [{model: a}]\n")
+    assert source.resolve("both") == home / "both"
+    assert source.resolve("only-here").resolve() == here / "only-here"
+    assert source.resolve("nowhere") == home / "nowhere"
+    assert source.resolve(str(here / "both")) == here / "both"
+
+
+def test_reading_a_recipe_imports_no_torch() -> None:
+    import subprocess
+
+    code = "import sys, wemoe_plugin.recipe.loading, wemoe_plugin.merging.plan, wemoe_plugin.cli; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
