@@ -1,0 +1,172 @@
+"""What execution writes is the arithmetic it promises, whatever the threads and ranges."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from models import open_clip_family, save_open_clip, save_state, transformers_family
+from safetensors.torch import load_file
+
+from wemoe_plugin.errors import CheckpointError, PlanError
+from wemoe_plugin.merging.executor import execute_plan
+from wemoe_plugin.merging.memory import peak_memory
+from wemoe_plugin.merging.plan import MergePlan, plan_merge
+from wemoe_plugin.recipe.loading import load_recipe
+
+HEAD = "base_model: base\nmodels: [{model: e0}, {model: e1, parameters: {weight: 0.5}}]\n"
+
+
+def planned(directory: Path, text: str) -> MergePlan:
+    path = directory / "recipe.yaml"
+    path.write_text(HEAD + text)
+    return plan_merge(load_recipe(path), shard_bytes=60_000)
+
+
+def executed(plan: MergePlan, out: Path, **options: int) -> dict[str, torch.Tensor]:
+    out.mkdir()
+    execute_plan(plan, out, **options)
+    return {name: t for file in plan.files for name, t in load_file(out / file.name).items()}
+
+
+def digest(directory: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("task_arithmetic\nparameters: {lambda: 0.3}", lambda b, x, y: b + 0.3 * ((x - b) + 0.5 * (y - b))),
+        (
+            "task_arithmetic\nparameters: {lambda: 0.3, normalize: true}",
+            lambda b, x, y: b + 0.3 * ((x - b) + 0.5 * (y - b)) / 1.5,
+        ),
+        ("linear", lambda b, x, y: (x + 0.5 * y) / 1.5),
+        ("linear\nparameters: {normalize: false}", lambda b, x, y: x + 0.5 * y),
+        ("base", lambda b, x, y: b),
+    ],
+)
+def test_static_methods(tmp_path: Path, method: str, expected) -> None:  # type: ignore[no-untyped-def]
+    states = [model.state_dict() for model in open_clip_family(tmp_path)]
+    merged = executed(planned(tmp_path, f"merge_method: {method}\n"), tmp_path / "out")
+    assert merged.keys() == states[0].keys()
+    for name, tensor in merged.items():
+        exact = expected(*(state[name].double() for state in states))
+        torch.testing.assert_close(tensor.double(), exact, rtol=1e-6, atol=1e-7)
+
+
+def test_one_rounding_only(tmp_path: Path) -> None:
+    """Half-precision inputs are merged in float32 and rounded once: the result is the nearest one to the exact sum."""
+    open_clip_family(tmp_path, dtype=torch.bfloat16)
+    states = [load_file(tmp_path / n / "open_clip_model.safetensors") for n in ("base", "e0", "e1")]
+    plan = planned(tmp_path, "merge_method: task_arithmetic\nparameters: {lambda: 0.5}\n")
+    for name, tensor in executed(plan, tmp_path / "out").items():
+        base, x, y = (state[name].double() for state in states)
+        exact = base + 0.5 * ((x - base) + 0.5 * (y - base))
+        assert torch.equal(tensor, exact.float().to(torch.bfloat16))
+
+
+def test_dense_task_vectors_are_exact(tmp_path: Path) -> None:
+    states = [model.state_dict() for model in open_clip_family(tmp_path)]
+    plan = planned(tmp_path, "merge_method: task_arithmetic\nrules: [{match: visual.**.mlp, merge_method: wemoe}]\n")
+    written = executed(plan, tmp_path / "out")
+    vectors = {name: t for name, t in written.items() if ".task_vectors" in name}
+    assert len(vectors) == 8
+    for name, tensor in vectors.items():
+        own = name.removesuffix(".task_vectors")
+        assert torch.equal(tensor, torch.stack([state[own] - states[0][own] for state in states[1:]]))
+
+
+def test_low_rank_task_vectors_are_the_best_of_their_rank(tmp_path: Path) -> None:
+    states = [model.state_dict() for model in open_clip_family(tmp_path)]
+    rule = "{match: visual.**.mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 5}}}"
+    written = executed(planned(tmp_path, f"merge_method: task_arithmetic\nrules: [{rule}]\n"), tmp_path / "out")
+    downs = [name for name in written if name.endswith(".A")]
+    assert len(downs) == 4
+    for name in downs:
+        own = name.removesuffix(".task_vectors.A")
+        a, b = written[name], written[f"{own}.task_vectors.B"]
+        for k, state in enumerate(states[1:]):
+            vector = (state[own] - states[0][own]).double()
+            left, values, right = torch.linalg.svd(vector, full_matrices=False)
+            best = left[:, :5] * values[:5] @ right[:5]
+            torch.testing.assert_close((b[k] @ a[k]).double(), best, rtol=1e-4, atol=1e-6)
+
+
+def test_threads_and_ranges_change_no_byte(tmp_path: Path) -> None:
+    open_clip_family(tmp_path, dtype=torch.float16)
+    text = "merge_method: task_arithmetic\nparameters: {lambda: 0.3}\nrules: [{match: visual.**.mlp, merge_method: wemoe}]\n"
+    plan = planned(tmp_path, text)
+    digests = []
+    for i, (jobs, chunk) in enumerate([(1, 1 << 20), (4, 37), (3, 1000)]):
+        executed(plan, tmp_path / f"out{i}", jobs=jobs, chunk_elements=chunk)
+        digests.append(digest(tmp_path / f"out{i}"))
+    assert all(d == digests[0] for d in digests)
+
+
+def test_integer_buffers_are_copied_when_all_agree(tmp_path: Path) -> None:
+    models = open_clip_family(tmp_path, 0)
+    state = {**models[0].state_dict(), "ids": torch.arange(5)}
+    for name, shift in (("base", 0), ("e0", 0), ("e1", 0)):
+        directory = tmp_path / name
+        if name != "base":
+            save_open_clip(models[0], directory)
+        save_state({**state, "ids": torch.arange(5) + shift}, directory / "open_clip_model.safetensors")
+    plan = planned(tmp_path, "merge_method: task_arithmetic\n")
+    assert torch.equal(executed(plan, tmp_path / "out")["ids"], torch.arange(5))
+    save_state({**state, "ids": torch.arange(5) + 1}, tmp_path / "e1" / "open_clip_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"e1/.*the integer buffer 'ids' differs from the base's"):
+        executed(plan, tmp_path / "out2")
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")])
+@pytest.mark.parametrize("name", ["base", "e1"])
+@pytest.mark.parametrize("tensor", ["visual.proj", "visual.transformer.resblocks.1.mlp.c_fc.weight"])
+def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float, word: str, name: str, tensor: str) -> None:
+    open_clip_family(tmp_path)
+    path = tmp_path / name / "open_clip_model.safetensors"
+    state = load_file(path)
+    state[tensor].view(-1)[-1] = value
+    save_state(state, path)
+    plan = planned(tmp_path, "merge_method: task_arithmetic\nrules: [{match: visual.**.mlp, merge_method: wemoe}]\n")
+    with pytest.raises(CheckpointError) as caught:
+        executed(plan, tmp_path / "out")
+    assert str(caught.value) == f"{path}: {tensor!r} holds {word}"
+
+
+def test_large_finite_values_are_not_taken_for_infinite(tmp_path: Path) -> None:
+    models = open_clip_family(tmp_path, 2)
+    for name in ("base", "e0", "e1"):
+        state = {n: t.clone() for n, t in models[0].state_dict().items()}
+        state["visual.proj"].fill_(3e38)
+        save_state(state, tmp_path / name / "open_clip_model.safetensors")
+    merged = executed(planned(tmp_path, "merge_method: task_arithmetic\n"), tmp_path / "out")
+    assert torch.equal(merged["visual.proj"], torch.full((32, 16), 3e38))
+
+
+def test_too_little_memory_for_one_tensor_is_refused_before_work(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    plan = planned(tmp_path, "merge_method: task_arithmetic\n")
+    with pytest.raises(PlanError, match="--max-memory allows 1,000"):
+        executed(plan, tmp_path / "out", max_memory=1000)
+    assert list((tmp_path / "out").iterdir()) == []
+    enough = peak_memory(plan.operations, plan.dtype, jobs=1)
+    assert executed(plan, tmp_path / "out2", max_memory=enough, jobs=4).keys() == executed(plan, tmp_path / "out3").keys()
+
+
+def test_progress_adds_up_to_the_bytes_read(tmp_path: Path) -> None:
+    transformers_family(tmp_path)
+    plan = planned(tmp_path, "merge_method: task_arithmetic\nrules: [{match: mlp, merge_method: wemoe}]\n")
+    seen: list[int] = []
+    (tmp_path / "out").mkdir()
+    execute_plan(plan, tmp_path / "out", progress=seen.append)
+    assert sum(seen) == plan.bytes_read
+
+
+def test_inputs_are_left_alone(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    before = {name: digest(tmp_path / name) for name in ("base", "e0", "e1")}
+    executed(planned(tmp_path, "merge_method: task_arithmetic\n"), tmp_path / "out")
+    assert {name: digest(tmp_path / name) for name in before} == before
