@@ -10,7 +10,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-install_import_hook(["wemoe_plugin.modeling", "wemoe_plugin.task_vectors"], "beartype.beartype")
+SHAPED = ["modeling.router", "modeling.composition", "modeling.ensembled_linear", "task_vectors"]
+install_import_hook([f"wemoe_plugin.{name}" for name in SHAPED], "beartype.beartype")
 
 import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Checkpoint:
         path: the directory, or the one file.
         library: ``open_clip`` or ``transformers``; None for a lone file.
         config: the library's configuration; empty for a lone file.
-        tensors: every tensor and where it lies.
+        tensors: every tensor and where it lies, in natural order of their names.
     """
 
     path: Path
@@ -50,7 +51,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: not a safetensors file; save the model as safetensors first")
-        return Checkpoint(path, None, {}, read_header(path))
+        return Checkpoint(path, None, {}, _natural_order(read_header(path)))
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory or file")
     if (path / OPEN_CLIP_CONFIG).is_file():
@@ -59,7 +60,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
         library, config = "transformers", _read_json(path / TRANSFORMERS_CONFIG)
     else:
         raise CheckpointError(f"{path}: neither {TRANSFORMERS_CONFIG} (transformers) nor {OPEN_CLIP_CONFIG} is there")
-    return Checkpoint(path, library, config, _find_tensors(path, library))
+    return Checkpoint(path, library, config, _natural_order(_find_tensors(path, library)))
+
+
+def _natural_order(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """By name, layer 2 before layer 10: the order of every table and report."""
+
+    def key(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+    return {name: tensors[name] for name in sorted(tensors, key=key)}
 
 
 def _find_tensors(directory: Path, library: str) -> dict[str, StoredTensor]:

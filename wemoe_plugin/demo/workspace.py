@@ -26,31 +26,43 @@ models:
 
 # Whatever no rule claims is merged statically: base + lambda * (sum of the task vectors).
 merge_method: task_arithmetic
-parameters: {lambda: 0.3}
+parameters: {{lambda: 0.3}}
 
 # The MLPs of the vision tower become weight-ensembling mixtures of experts.
 rules:
   - match: visual.**.mlp
     merge_method: wemoe
     parameters:
-      router: {depth: 2}
-      task_vectors: {form: dense}
+      router: {{depth: 2}}
+      task_vectors: {{form: dense}}
 
 tasks: tasks.yaml
 
 # Tune the routers without labels: follow each task's own expert.
-tuning: {objective: distill, steps: STEPS, learning_rate: RATE, batch_size: 16, seed: SEED}
+tuning: {{objective: distill, steps: {steps}, learning_rate: {rate}, batch_size: 16, seed: {seed}}}
 """
 STEPS, LEARNING_RATE = 300, 1e-2
 
 
-def prepare_demo(directory: Path, *, seed: int, force: bool, say: Callable[[str], None]) -> Path:
+def prepare_demo(
+    directory: Path,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    tune_images: int = TUNE_IMAGES,
+    score_images: int = SCORE_IMAGES,
+    steps: int = STEPS,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Write the demo's models, images, tasks and recipe.
 
     Args:
         directory: where; it appears whole or not at all.
         seed: of the images, the routers and the order of the data.
         force: replace an earlier demo.
+        tune_images: per task, without labels.
+        score_images: per task, with labels.
+        steps: of tuning.
         say: told what is being done.
 
     Returns:
@@ -59,29 +71,26 @@ def prepare_demo(directory: Path, *, seed: int, force: bool, say: Callable[[str]
     Raises:
         PlanError: the directory is in the way.
     """
-    say(f"drawing {len(TASKS) * (TUNE_IMAGES + SCORE_IMAGES):,} images of {', '.join(task.name for task in TASKS)}")
+    say(f"drawing {len(TASKS) * (tune_images + score_images):,} images of {', '.join(task.name for task in TASKS)}")
     with staged_directory(directory, force, marker="recipe.yaml") as work:
         with as_file(files("wemoe_plugin.demo") / "checkpoints") as checkpoints:
             for source in sorted(path for path in checkpoints.iterdir() if path.is_dir()):
                 shutil.copytree(source, work / "models" / source.name)
         for task in TASKS:
-            _write_images(work / "data" / task.name, task, seed)
+            _write_images(work / "data" / task.name, task, seed, tune_images, score_images)
         (work / "tasks.yaml").write_text("\n".join(_task_yaml(task) for task in TASKS), encoding="utf-8")
-        values = {"STEPS": STEPS, "RATE": LEARNING_RATE, "SEED": seed}
-        text = RECIPE
-        for name, value in values.items():
-            text = text.replace(name, str(value))
-        (work / "recipe.yaml").write_text(text, encoding="utf-8")
+        recipe = RECIPE.format(steps=steps, rate=LEARNING_RATE, seed=seed)
+        (work / "recipe.yaml").write_text(recipe, encoding="utf-8")
     return directory / "recipe.yaml"
 
 
-def _write_images(directory: Path, task: DrawnTask, seed: int) -> None:
+def _write_images(directory: Path, task: DrawnTask, seed: int, tune_images: int, score_images: int) -> None:
     """Image folders: ``tune`` flat, so that no label can be read from it; ``test`` with one folder per class."""
-    images, _ = draw_images(task, TUNE_IMAGES, 2 * seed)
+    images, _ = draw_images(task, tune_images, 2 * seed)
     (directory / "tune").mkdir(parents=True)
     for i, pixels in enumerate(images):
         Image.fromarray(pixels).save(directory / "tune" / f"{i:04d}.png")
-    images, labels = draw_images(task, SCORE_IMAGES, 2 * seed + 1)
+    images, labels = draw_images(task, score_images, 2 * seed + 1)
     for label in range(len(task.class_names)):
         (directory / "test" / f"{label:02d}").mkdir(parents=True)
     for i, (pixels, label) in enumerate(zip(images, labels, strict=True)):

@@ -114,8 +114,9 @@ def load_routers(directory: Path, config: WemoeConfig) -> dict[str, Router]:
         own = {key.removeprefix(f"{name}:"): value for key, value in tensors.items() if key.startswith(f"{name}:")}
         try:
             router.load_state_dict(own)
-        except RuntimeError as error:
-            raise CheckpointError(f"{directory / ROUTERS_NAME}: the router {name!r} does not fit: {error}") from None
+        except RuntimeError:
+            what = "has another shape than its configuration" if own else "is absent"
+            raise CheckpointError(f"{directory / ROUTERS_NAME}: the router {name!r} {what}") from None
         routers[name] = router
     return routers
 

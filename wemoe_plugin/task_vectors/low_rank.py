@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def truncated_svd(vector: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncated_svd(
+    vector: Float[Tensor, "out in"], rank: int
+) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
     """The best approximation of a matrix by one of a given rank, in PEFT's orientation with the scaling in B.
 
     Projects onto the leading eigenvectors of the smaller Gram matrix, computed in float64: for the shapes of MLPs

@@ -106,6 +106,7 @@ def tune(
         raise TuningError("there are no tasks to tune on")
     splits = [_split(task, hold_out, seed) for task in tasks]
     objective_of = [_objective(objective, task) for task in tasks]
+    spreads = [_teachers_spread(objective, task, held) for task, (_, held) in zip(tasks, splits, strict=True)]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     outcome = TuningOutcome()
@@ -119,8 +120,8 @@ def tune(
         seen = Check(step, sum(losses) / len(losses) if losses else math.nan, total, classes)
         losses = []
         outcome.checks.append(seen)
-        first = outcome.checks[0].classes
-        outcome.collapsed = tuple(t.name for t, a, b in zip(tasks, first, classes, strict=True) if has_collapsed(a, b))
+        usual = [min(a, b) for a, b in zip(outcome.checks[0].classes, spreads, strict=True)]
+        outcome.collapsed = tuple(t.name for t, a, b in zip(tasks, usual, classes, strict=True) if has_collapsed(a, b))
         if not outcome.collapsed and total < lowest:
             lowest, outcome.best_step = total, step
             best = [parameter.detach().clone() for parameter in parameters]
@@ -162,6 +163,13 @@ def _objective(name: Objective, task: TuningTask) -> _RowObjective:
     if teacher is None:
         raise TuningError(f"{task.name}: distill needs the predictions of the task's expert")
     return lambda logits, rows: distill(logits, teacher[list(rows)].to(logits))
+
+
+def _teachers_spread(objective: Objective, task: TuningTask, rows: list[int]) -> float:
+    """Over how many classes the expert spreads its predictions: following it there is no collapse."""
+    if objective != "distill" or task.teacher is None:
+        return math.inf
+    return effective_classes(task.teacher[rows])
 
 
 def _split(task: TuningTask, hold_out: int, seed: int) -> tuple[list[int], list[int]]:

@@ -1,0 +1,309 @@
+"""The mathematics of a WEMoE module, against a slow and obvious reference."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Mlp, fine_tuned
+from reference import composed, router_weights, wemoe_forward
+from torch import Tensor, nn
+
+from wemoe_plugin.modeling.composition import apply_dense
+from wemoe_plugin.modeling.ensembled_linear import EnsembledLinear, Routing
+from wemoe_plugin.modeling.router import Router
+from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, freeze_all_but_routers
+from wemoe_plugin.task_vectors.low_rank import truncated_svd
+
+WIDTH, HIDDEN, TOKENS, BATCH = 12, 20, 5, 4
+
+
+def family(experts: int, dtype: torch.dtype = torch.float32) -> tuple[Mlp, list[nn.Module]]:
+    torch.manual_seed(0)
+    base = Mlp(WIDTH, HIDDEN).to(dtype)
+    return base, [fine_tuned(base, seed, 0.2) for seed in range(experts)]
+
+
+def upscaled(
+    base: nn.Module, experts: Sequence[nn.Module], depth: int = 2, rank: int | None = None, lam: float = 0.3
+) -> WeightEnsemblingMoE:
+    """The module as `attach` builds it; ``rank`` min(WIDTH, HIDDEN) makes the low-rank form exact."""
+    lambdas, routing = [lam] * len(experts), Routing()
+    static = composed(base, experts, lambdas)
+    for name in ("fc1", "fc2"):
+        layer, own = getattr(base, name), [getattr(expert, name) for expert in experts]
+        vectors = torch.stack([e.weight - layer.weight for e in own]).detach()
+        biases = torch.stack([e.bias - layer.bias for e in own]).detach()
+        factors = None
+        if rank is not None:
+            pairs = [truncated_svd(vector, rank) for vector in vectors]
+            factors = tuple(torch.stack(f).to(layer.weight.dtype) for f in zip(*pairs, strict=True))
+        dense = vectors if rank is None else None
+        setattr(static, name, EnsembledLinear(getattr(static, name), routing, dense, factors, biases))
+    router = Router(WIDTH, len(experts), depth, lambdas, torch.Generator().manual_seed(1)).to(base.fc1.weight.dtype)
+    return WeightEnsemblingMoE(static, router, lambdas, routing).to(base.fc1.weight.dtype)
+
+
+def stirred(module: WeightEnsemblingMoE, scale: float = 0.5) -> WeightEnsemblingMoE:
+    """With a router that has something to say."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in module.router.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float32))
+    return module
+
+
+def batch(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+class Fixed(nn.Module):
+    """A router that gives the weights it was told."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weights.expand(x.shape[0], -1)
+
+
+forms = pytest.mark.parametrize("rank", [None, min(WIDTH, HIDDEN)], ids=["dense", "low_rank"])
+depths = pytest.mark.parametrize("depth", [0, 1, 2])
+
+
+@forms
+@depths
+@pytest.mark.parametrize("experts", [1, 3])
+def test_agrees_with_the_reference(rank: int | None, depth: int, experts: int) -> None:
+    base, own = family(experts)
+    module, x = stirred(upscaled(base, own, depth, rank)), batch()
+    weights = module.router(x)
+    assert weights.std(0).max() > 1e-2 or depth == 0
+    torch.testing.assert_close(module(x), wemoe_forward(base, own, weights, x), rtol=0, atol=1e-5)
+
+
+@depths
+def test_the_router_is_the_papers(depth: int) -> None:
+    router = Router(WIDTH, 3, depth, [0.1, 0.2, 0.3])
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    layers = [(m.weight, m.bias) for m in (router.hidden, router.output) if m is not None]
+    x = batch()
+    if depth == 0:
+        assert router.constant is not None
+        expected = router.constant.expand(BATCH, -1)
+    else:
+        expected = torch.stack([router_weights(row, layers) for row in x])
+    torch.testing.assert_close(router(x), expected)
+
+
+@depths
+def test_a_fresh_router_gives_lambda_and_its_hidden_layer_is_drawn_as_in_the_paper(depth: int) -> None:
+    router = Router(256, 3, depth, [0.1, 0.2, 0.3], torch.Generator().manual_seed(0))
+    assert torch.equal(router(torch.randn(2, 7, 256)), torch.tensor([[0.1, 0.2, 0.3]] * 2))
+    if router.hidden is not None:
+        assert router.hidden.weight.std().item() == pytest.approx(0.01, rel=0.02)
+        assert not router.hidden.bias.any()
+
+
+@forms
+def test_freshly_upscaled_it_is_the_static_merge(rank: int | None) -> None:
+    base, own = family(3)
+    module, x = upscaled(base, own, rank=rank), batch()
+    assert torch.equal(module.router(x) - module.lambdas, torch.zeros(BATCH, 3))
+    torch.testing.assert_close(module(x), composed(base, own, [0.3] * 3)(x), rtol=0, atol=1e-6)
+
+
+@forms
+def test_one_hot_routing_recovers_each_expert(rank: int | None) -> None:
+    base, own = family(3)
+    module, x = upscaled(base, own, rank=rank), batch()
+    for k, expert in enumerate(own):
+        module.router = Fixed(torch.eye(3)[k])
+        torch.testing.assert_close(module(x), expert(x), rtol=0, atol=1e-5)
+    module.router = Fixed(torch.zeros(3))
+    torch.testing.assert_close(module(x), base(x), rtol=0, atol=1e-5)
+
+
+@forms
+def test_a_row_alone_equals_the_row_in_its_batch(rank: int | None) -> None:
+    """In float64: sums of other shapes are rounded otherwise, and nothing but rounding may differ."""
+    base, own = family(3, torch.float64)
+    module, x = stirred(upscaled(base, own, rank=rank)), batch(torch.float64)
+    together = module(x)
+    for b in range(BATCH):
+        torch.testing.assert_close(module(x[b : b + 1])[0], together[b], rtol=0, atol=1e-12)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(module(x[order]), together[order], rtol=0, atol=1e-12)
+    other = x.clone()
+    other[1:] = 1e3
+    torch.testing.assert_close(module(other)[0], together[0], rtol=0, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(4)))
+def test_permuting_experts_permutes_columns(order: list[int]) -> None:
+    base, own = family(4)
+    module = stirred(upscaled(base, own))
+    permuted = upscaled(base, [own[k] for k in order])
+    permuted.router.load_state_dict(module.router.state_dict())
+    with torch.no_grad():
+        permuted.router.output.weight.copy_(module.router.output.weight[order])
+        permuted.router.output.bias.copy_(module.router.output.bias[order])
+    torch.testing.assert_close(permuted(batch()), module(batch()), rtol=0, atol=1e-5)
+
+
+def linear(experts: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    shapes = (BATCH, TOKENS, WIDTH), (BATCH, experts), (HIDDEN, WIDTH), (experts, HIDDEN, WIDTH)
+    x, offsets, weight, vectors = (torch.randn(s, generator=generator, dtype=dtype) for s in shapes)
+    return x, offsets, weight, vectors
+
+
+def test_a_layer_is_linear_in_its_offsets() -> None:
+    x, offsets, weight, vectors = linear()
+    plain = x @ weight.T
+    one = apply_dense(x, offsets, weight, vectors) - plain
+    three = apply_dense(x, 3 * offsets, weight, vectors) - plain
+    torch.testing.assert_close(three, 3 * one)
+
+
+@pytest.mark.parametrize("working_bytes", [1, 1500, 10**9])
+def test_the_working_memory_changes_no_value(working_bytes: int) -> None:
+    x, offsets, weight, vectors = linear()
+    expected = torch.stack([x[b] @ (weight + torch.einsum("k,koi->oi", offsets[b], vectors)).T for b in range(BATCH)])
+    torch.testing.assert_close(apply_dense(x, offsets, weight, vectors, working_bytes), expected)
+
+
+@pytest.mark.parametrize("working_bytes", [1500, 10**9])
+def test_gradients_of_a_dense_layer(working_bytes: int) -> None:
+    x, offsets, weight, vectors = linear()
+    x.requires_grad_(True), offsets.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda a, b: apply_dense(a, b, weight, vectors, working_bytes), (x, offsets))
+
+
+@forms
+@depths
+def test_gradients_agree_with_autograd_through_the_composed_weights(rank: int | None, depth: int) -> None:
+    base, own = family(2, torch.float64)
+    module, x = stirred(upscaled(base, own, depth, rank)), batch(torch.float64).requires_grad_(True)
+    target = torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64)
+
+    def by_hand(h: Tensor) -> Tensor:
+        weights = module.router(h)
+        rows = []
+        for b in range(BATCH):
+            values = {
+                name: p.detach() + sum(weights[b, k] * (dict(e.named_parameters())[name] - p).detach() for k, e in enumerate(own))
+                for name, p in base.named_parameters()
+            }
+            rows.append(torch.func.functional_call(base, values, h[b : b + 1]))
+        return torch.cat(rows)
+
+    trained = [x, *freeze_all_but_routers(module)]
+    ours = torch.autograd.grad((module(x) * target).sum(), trained)
+    theirs = torch.autograd.grad((by_hand(x) * target).sum(), trained)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # low-rank factors are stored in float32
+
+
+def test_gradients_reach_the_routers_only() -> None:
+    base, own = family(2)
+    module = stirred(upscaled(base, own))
+    trained = freeze_all_but_routers(module)
+    module(batch()).sum().backward()
+    assert {id(p) for p in module.parameters() if p.grad is not None} == {id(p) for p in trained}
+    assert len(trained) == 4
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+
+
+@pytest.mark.parametrize("shape", [(BATCH, WIDTH), (BATCH, 2, 3, WIDTH)], ids=["no tokens", "a grid of tokens"])
+@forms
+def test_any_number_of_axes_between_batch_and_width(shape: tuple[int, ...], rank: int | None) -> None:
+    base, own = family(2)
+    module, x = stirred(upscaled(base, own, rank=rank)), torch.randn(shape)
+    flat = x.reshape(BATCH, -1, WIDTH)
+    torch.testing.assert_close(module(x).reshape(flat.shape), module(flat), rtol=0, atol=1e-6)
+
+
+def test_a_module_that_mixes_batch_and_tokens_is_refused() -> None:
+    base, own = family(2)
+    module = upscaled(base, own)
+    module.module.fc1.register_forward_pre_hook(lambda m, args: (args[0].flatten(0, 1),))
+    with pytest.raises(ValueError, match="mixes batch and tokens"):
+        module(batch())
+
+
+def test_nothing_is_left_behind_by_a_forward_pass_that_fails() -> None:
+    base, own = family(2)
+    module = upscaled(base, own)
+    with pytest.raises(RuntimeError):
+        module(torch.zeros(2, TOKENS, WIDTH + 1))
+    assert module.routing.offsets is None
+
+
+def test_inputs_of_the_construction_are_left_alone() -> None:
+    base, own = family(2)
+    before = [copy.deepcopy(m.state_dict()) for m in (base, *own)]
+    stirred(upscaled(base, own))(batch())
+    for module, state in zip((base, *own), before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_route_for_themselves(copied) -> None:  # type: ignore[no-untyped-def]
+    base, own = family(2)
+    module = stirred(upscaled(base, own))
+    twin = copied(module)
+    assert twin.routing is not module.routing
+    assert twin.module.fc1.routing is twin.module.fc2.routing is twin.routing
+    assert torch.equal(twin(batch()), module(batch()))
+    other = upscaled(base, own)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(batch()), module(batch()))
+
+
+def test_one_model_serves_several_threads() -> None:
+    base, own = family(3)
+    module = stirred(upscaled(base, own))
+    inputs = [torch.randn(BATCH, TOKENS, WIDTH) for _ in range(8)]
+    expected = [module(x) for x in inputs]
+    wrong: list[int] = []
+
+    def serve(i: int) -> None:
+        for _ in range(30):
+            if not torch.equal(module(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_the_wrapped_modules_attributes_stay_reachable() -> None:
+    base, own = family(1)
+    module = upscaled(base, own)
+    assert module.fc1.weight.dtype == torch.float32
+    with pytest.raises(AttributeError):
+        module.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_to_another_dtype(dtype: torch.dtype) -> None:
+    base, own = family(2)
+    module = stirred(upscaled(base, own))
+    expected = module(batch())
+    result = copy.deepcopy(module).to(dtype)(batch(dtype))
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), expected, rtol=0.1, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
