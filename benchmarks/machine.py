@@ -19,4 +19,5 @@ def describe_machine(threads: int | None = None) -> str:
     except (OSError, StopIteration):
         pass
     used = f", {threads} threads" if threads else ""
-    return f"{datetime.date.today()}: {model}, {os.cpu_count()} cores{used}, Python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{datetime.date.today()}: {model}, {os.cpu_count()} cores{used}, {versions}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from machine import describe_machine
-from reference import wemoe_forward
+from reference import wemoe_forward  # type: ignore[import-not-found]
 
 from wemoe_plugin.modeling.ensembled_linear import EnsembledLinear, Routing
 from wemoe_plugin.modeling.router import Router
@@ -35,7 +35,8 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
+        y: Tensor = self.fc2(nn.functional.gelu(self.fc1(x)))
+        return y
 
 
 def upscale(base: Mlp, experts: list[Mlp], rank: int | None) -> WeightEnsemblingMoE:
@@ -76,7 +77,8 @@ def main() -> None:
     dense, low_rank = upscale(base, experts, None), upscale(base, experts, options.rank)
 
     def reference() -> Tensor:
-        return wemoe_forward(base, experts, dense.router(x), x)
+        y: Tensor = wemoe_forward(base, experts, dense.router(x), x)
+        return y
 
     variants: dict[str, Callable[[], Tensor]] = {
         "plain MLP": lambda: base(x),
@@ -101,9 +103,9 @@ def main() -> None:
     )
     print(f"largest difference between dense and the reference: {error:.1e}\n")
     print(f"{'':<24}{'ms':>9}{'/ plain':>10}{'reference /':>13}")
-    for name, value in medians.items():
-        against = medians["per-sample reference"] / value
-        print(f"{name:<24}{1000 * value:>9.1f}{value / medians['plain MLP']:>9.2f}x{against:>12.1f}x")
+    for name, median in medians.items():
+        against = medians["per-sample reference"] / median
+        print(f"{name:<24}{1000 * median:>9.1f}{median / medians['plain MLP']:>9.2f}x{against:>12.1f}x")
 
 
 if __name__ == "__main__":

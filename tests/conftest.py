@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 SHAPED = ["modeling.router", "modeling.composition", "modeling.ensembled_linear", "task_vectors"]
 install_import_hook([f"wemoe_plugin.{name}" for name in SHAPED], "beartype.beartype")
 
-import torch
+import torch  # noqa: E402 (after the hook)
 
 torch.set_num_threads(1)
 

@@ -15,6 +15,7 @@ import json
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -22,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from wemoe_plugin.demo.images import SIZE, TASKS, DrawnTask, draw_images
 
-MODEL_CONFIG = {
+MODEL_CONFIG: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": SIZE, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
     "text_cfg": {
@@ -40,6 +41,7 @@ MODEL_CONFIG = {
     },
 }
 MEAN = STD = (0.5, 0.5, 0.5)
+Images = tuple[np.ndarray, np.ndarray]
 TRAIN_IMAGES, SCORE_IMAGES = 12_000, 2_000  # per task
 TRAIN_SEED, SCORE_SEED = 1_000_001, 1_000_002  # disjoint from the seeds the demo draws with
 
@@ -74,7 +76,7 @@ def to_pixels(images: np.ndarray) -> Tensor:
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def zero_shot_weights(model: nn.Module, tokenizer: PreTrainedTokenizerFast, task: DrawnTask) -> Tensor:
+def zero_shot_weights(model: open_clip.CLIP, tokenizer: PreTrainedTokenizerFast, task: DrawnTask) -> Tensor:
     """One unit vector per class, (classes, embed), the mean over the task's templates."""
     vectors = []
     for name in task.class_names:
@@ -85,11 +87,13 @@ def zero_shot_weights(model: nn.Module, tokenizer: PreTrainedTokenizerFast, task
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    return tokenizer(texts, return_tensors="pt", padding="max_length", max_length=24, truncation=True).input_ids
+    encoded = tokenizer(texts, return_tensors="pt", padding="max_length", max_length=24, truncation=True)
+    ids: Tensor = encoded.input_ids
+    return ids
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, head: Tensor, images: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(model: open_clip.CLIP, head: Tensor, images: np.ndarray, labels: np.ndarray) -> float:
     model.eval()
     hits = 0
     for start in range(0, len(images), 500):
@@ -99,7 +103,9 @@ def accuracy(model: nn.Module, head: Tensor, images: np.ndarray, labels: np.ndar
     return hits / len(images)
 
 
-def train_base(model: nn.Module, tokenizer: PreTrainedTokenizerFast, data: dict, steps: int, batch: int) -> None:
+def train_base(
+    model: open_clip.CLIP, tokenizer: PreTrainedTokenizerFast, data: dict[str, Images], steps: int, batch: int
+) -> None:
     """Learn every task together: an image against one random prompt of each of the tasks' classes."""
     images = np.concatenate([data[t.name][0] for t in TASKS])
     offsets = np.cumsum([0] + [len(t.class_names) for t in TASKS])
@@ -116,14 +122,14 @@ def train_base(model: nn.Module, tokenizer: PreTrainedTokenizerFast, data: dict,
         logits = model.logit_scale.exp().clamp(max=100) * features @ classes.T
         loss = F.cross_entropy(logits, torch.from_numpy(labels[rows]))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             print(f"  base step {step:5d}  loss {loss.item():.3f}", flush=True)
 
 
-def train_expert(model: nn.Module, head: Tensor, data: tuple, steps: int, batch: int, name: str) -> None:
+def train_expert(model: open_clip.CLIP, head: Tensor, data: Images, steps: int, batch: int, name: str) -> None:
     """Learn one task against the frozen zero-shot head; only the MLPs of the vision tower move."""
     images, labels = data
     for parameter_name, parameter in model.named_parameters():
@@ -138,14 +144,14 @@ def train_expert(model: nn.Module, head: Tensor, data: tuple, steps: int, batch:
         features = F.normalize(model.encode_image(to_pixels(images[rows])), dim=-1)
         loss = F.cross_entropy(scale * features @ head.T, torch.from_numpy(labels[rows]))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step % 250 == 0 or step == steps - 1:
             print(f"  {name} step {step:5d}  loss {loss.item():.3f}", flush=True)
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+def save(model: open_clip.CLIP, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Write an ordinary open_clip directory in float16."""
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
@@ -156,8 +162,8 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, directory: Path) 
     tokenizer.save_pretrained(directory)
 
 
-def build() -> nn.Module:
-    return open_clip.model.CLIP(**{k: v for k, v in MODEL_CONFIG.items()})
+def build() -> open_clip.CLIP:
+    return open_clip.model.CLIP(**MODEL_CONFIG)
 
 
 def main() -> None:
@@ -168,7 +174,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     options = parser.parse_args()
 
-    print(f"{datetime.date.today()}  {platform.machine()}  torch {torch.__version__}, open_clip {open_clip.__version__}")
+    print(
+        f"{datetime.date.today()}  {platform.machine()}  torch {torch.__version__}, open_clip {open_clip.__version__}"
+    )
     print(f"base {options.base_steps} steps, experts {options.expert_steps} steps, batch {options.batch}")
     torch.manual_seed(0)
     started = time.perf_counter()

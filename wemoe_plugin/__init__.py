@@ -18,32 +18,47 @@ if TYPE_CHECKING:
     from wemoe_plugin.pipeline.workbench import Workbench
     from wemoe_plugin.recipe.loading import load_recipe
 
+__all__ = [
+    "CheckpointError",
+    "EnsembledLinear",
+    "MergePlan",
+    "PlanError",
+    "RecipeError",
+    "Router",
+    "TuningError",
+    "WeightEnsemblingMoE",
+    "WemoeError",
+    "Workbench",
+    "attach",
+    "evaluate_directory",
+    "load_model",
+    "load_recipe",
+    "merge",
+    "plan_merge",
+    "tune_directory",
+]
+
 _HOMES = {
-    "CheckpointError": "errors",
-    "EnsembledLinear": "modeling.ensembled_linear",
-    "MergePlan": "merging.plan",
-    "PlanError": "errors",
-    "RecipeError": "errors",
-    "Router": "modeling.router",
-    "TuningError": "errors",
-    "WeightEnsemblingMoE": "modeling.wemoe",
-    "WemoeError": "errors",
-    "Workbench": "pipeline.workbench",
-    "attach": "modeling.attach",
-    "evaluate_directory": "pipeline.evaluate",
-    "load_model": "modeling.loading",
-    "load_recipe": "recipe.loading",
-    "merge": "pipeline.merge",
-    "plan_merge": "merging.plan",
-    "tune_directory": "pipeline.tune",
+    "errors": ("CheckpointError", "PlanError", "RecipeError", "TuningError", "WemoeError"),
+    "merging.plan": ("MergePlan", "plan_merge"),
+    "modeling.attach": ("attach",),
+    "modeling.ensembled_linear": ("EnsembledLinear",),
+    "modeling.loading": ("load_model",),
+    "modeling.router": ("Router",),
+    "modeling.wemoe": ("WeightEnsemblingMoE",),
+    "pipeline.evaluate": ("evaluate_directory",),
+    "pipeline.merge": ("merge",),
+    "pipeline.tune": ("tune_directory",),
+    "pipeline.workbench": ("Workbench",),
+    "recipe.loading": ("load_recipe",),
 }
-__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     """Import public names when they are first used, so that ``wemoe-merge --help`` need not import torch."""
     import importlib
 
-    if name not in _HOMES:
-        raise AttributeError(f"module 'wemoe_plugin' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"wemoe_plugin.{_HOMES[name]}"), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"wemoe_plugin.{module}"), name)
+    raise AttributeError(f"module 'wemoe_plugin' has no attribute {name!r}")

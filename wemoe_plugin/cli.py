@@ -17,8 +17,6 @@ from typer.core import TyperGroup
 from wemoe_plugin.errors import WemoeError
 
 if TYPE_CHECKING:
-    import click
-
     from wemoe_plugin.merging.executor import Progress
     from wemoe_plugin.merging.plan import MergePlan
     from wemoe_plugin.recipe.loading import RecipeFile
@@ -29,9 +27,12 @@ if TYPE_CHECKING:
 class _DefaultGroup(TyperGroup):
     """``wemoe-merge recipe.yaml`` means ``wemoe-merge merge recipe.yaml``."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {"--help", "--version", "--install-completion", "--show-completion"}
         if args and args[0] not in self.commands and args[0] not in own:
+            near = difflib.get_close_matches(args[0], self.commands, 1, 0.7)
+            if near and not Path(args[0]).exists():
+                raise WemoeError(f"{args[0]}: no such file; did you mean the command {near[0]!r}?")
             args = ["merge", *args]
         return super().parse_args(ctx, args)
 
@@ -86,7 +87,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -107,8 +110,6 @@ def merge_command(
 ) -> None:
     """Merge a recipe, and tune and score the result if the recipe says so. (The default command.)"""
     say = _speaker(quiet or json)
-    if not recipe.exists() and (near := difflib.get_close_matches(str(recipe), _commands(), 1, 0.7)):
-        raise WemoeError(f"{recipe}: no such file; did you mean the command {near[0]!r}?")
     limit = None if max_memory is None else _bytes(max_memory, "--max-memory")
     timings: dict[str, float] = {}
     with _timed(timings, "plan"):
@@ -153,7 +154,9 @@ def merge_command(
 @app.command("plan")
 def plan_command(
     recipe: RecipeArgument,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Threads the merge would use; default all processors.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Threads the merge would use; default all processors.")
+    ] = None,
     shard_size: ShardOption = "5GB",
     json: JsonOption = False,
 ) -> None:
@@ -247,10 +250,6 @@ def demo_command(
 
 def _reseeded(spec: TuningSpec, seed: int | None) -> TuningSpec:
     return spec if seed is None else spec.model_copy(update={"seed": seed})
-
-
-def _commands() -> list[str]:
-    return [command.name for command in app.registered_commands if command.name]
 
 
 def _planned(recipe: Path, shard_size: str) -> tuple[RecipeFile, MergePlan]:

@@ -21,9 +21,13 @@ def test_appears_when_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), staged_directory(tmp_path / "deep" / "out") as work:
-        (work / "a").write_text("1")
-        raise KeyboardInterrupt
+    def fail() -> None:
+        with staged_directory(tmp_path / "deep" / "out") as work:
+            (work / "a").write_text("1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert tree(tmp_path) == {}
 
 
@@ -64,7 +68,7 @@ def test_an_empty_directory_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     write_atomically(path, b"one")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         write_atomically(path, b"two")
     assert tree(tmp_path) == {"a": b"one"}

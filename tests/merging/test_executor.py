@@ -97,8 +97,8 @@ def test_low_rank_task_vectors_are_the_best_of_their_rank(tmp_path: Path) -> Non
 
 def test_threads_and_ranges_change_no_byte(tmp_path: Path) -> None:
     open_clip_family(tmp_path, dtype=torch.float16)
-    text = "merge_method: task_arithmetic\nparameters: {lambda: 0.3}\nrules: [{match: visual.**.mlp, merge_method: wemoe}]\n"
-    plan = planned(tmp_path, text)
+    rules = "rules: [{match: visual.**.mlp, merge_method: wemoe}]\n"
+    plan = planned(tmp_path, f"merge_method: task_arithmetic\nparameters: {{lambda: 0.3}}\n{rules}")
     digests = []
     for i, (jobs, chunk) in enumerate([(1, 1 << 20), (4, 37), (3, 1000)]):
         executed(plan, tmp_path / f"out{i}", jobs=jobs, chunk_elements=chunk)
@@ -121,7 +121,9 @@ def test_integer_buffers_are_copied_when_all_agree(tmp_path: Path) -> None:
         executed(plan, tmp_path / "out2")
 
 
-@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")])
+@pytest.mark.parametrize(
+    ("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")]
+)
 @pytest.mark.parametrize("name", ["base", "e1"])
 @pytest.mark.parametrize("tensor", ["visual.proj", "visual.transformer.resblocks.1.mlp.c_fc.weight"])
 def test_values_that_are_not_finite_are_named(tmp_path: Path, value: float, word: str, name: str, tensor: str) -> None:
@@ -153,7 +155,9 @@ def test_too_little_memory_for_one_tensor_is_refused_before_work(tmp_path: Path)
         executed(plan, tmp_path / "out", max_memory=1000)
     assert list((tmp_path / "out").iterdir()) == []
     enough = peak_memory(plan.operations, plan.dtype, jobs=1)
-    assert executed(plan, tmp_path / "out2", max_memory=enough, jobs=4).keys() == executed(plan, tmp_path / "out3").keys()
+    assert (
+        executed(plan, tmp_path / "out2", max_memory=enough, jobs=4).keys() == executed(plan, tmp_path / "out3").keys()
+    )
 
 
 def test_progress_adds_up_to_the_bytes_read(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from wemoe_plugin.modeling.wemoe import wemoe_modules
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.recipe.loading import load_recipe
 
-HEAD = "base_model: base\nmodels: [{model: e0}, {model: e1}]\nmerge_method: task_arithmetic\nparameters: {lambda: 0.3}\n"
+HEAD = (
+    "base_model: base\nmodels: [{model: e0}, {model: e1}]\nmerge_method: task_arithmetic\nparameters: {lambda: 0.3}\n"
+)
 DENSE = "rules: [{match: mlp, merge_method: wemoe}]\n"
 
 
@@ -84,7 +86,12 @@ def test_plain_transformers_loads_task_arithmetic(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["", ", parameters: {task_vectors: {form: low_rank, rank: 32}}", ", parameters: {router: {depth: 1, shared: true}}"]
+    "form",
+    [
+        "",
+        ", parameters: {task_vectors: {form: low_rank, rank: 32}}",
+        ", parameters: {router: {depth: 1, shared: true}}",
+    ],
 )
 def test_one_hot_routing_recovers_an_expert_whose_mlps_alone_moved(tmp_path: Path, form: str) -> None:
     base, towers = transformers_family(tmp_path)

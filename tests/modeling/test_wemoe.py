@@ -202,7 +202,8 @@ def test_gradients_agree_with_autograd_through_the_composed_weights(rank: int | 
         rows = []
         for b in range(BATCH):
             values = {
-                name: p.detach() + sum(weights[b, k] * (dict(e.named_parameters())[name] - p).detach() for k, e in enumerate(own))
+                name: p.detach()
+                + sum(weights[b, k] * (dict(e.named_parameters())[name] - p).detach() for k, e in enumerate(own))
                 for name, p in base.named_parameters()
             }
             rows.append(torch.func.functional_call(base, values, h[b : b + 1]))

@@ -132,7 +132,10 @@ def test_tuning_without_routers_is_an_error(tmp_path: Path) -> None:
     [
         ("a: [1\n", "not valid YAML"),
         ("a: 1\na: 2\n", "recipe.yaml:2: the key 'a' stands twice"),
-        ("a: !!python/object/apply:os.system [ls]\n", "the tag 'tag:yaml.org,2002:python/object/apply:os.system' is not"),
+        (
+            "a: !!python/object/apply:os.system [ls]\n",
+            "the tag 'tag:yaml.org,2002:python/object/apply:os.system' is not",
+        ),
         ("a: !custom 1\n", "the tag '!custom' is not allowed"),
         ("? [1, 2]\n: 3\n", "a key must be a plain word"),
         ("- 1\n", "a recipe is a mapping"),
@@ -179,6 +182,6 @@ def test_paths_start_at_the_recipe_and_then_at_the_current_folder(
 def test_reading_a_recipe_imports_no_torch() -> None:
     import subprocess
 
-    code = "import sys, wemoe_plugin.recipe.loading, wemoe_plugin.merging.plan, wemoe_plugin.cli; print('torch' in sys.modules)"
+    code = "import sys, wemoe_plugin.merging.plan, wemoe_plugin.cli; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

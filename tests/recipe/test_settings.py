@@ -32,5 +32,5 @@ def test_agrees_with_mergekit(value: object, name: str, depth: float) -> None:
 
 @pytest.mark.parametrize("value", ["0.3", True, None, [], [1, "a"], {"filter": "x"}, [{"value": 1, "else": 2}], [[1]]])
 def test_refuses_what_is_none_of_the_three(value: object) -> None:
-    with pytest.raises(ValueError, match="expected|condition"):
+    with pytest.raises(ValueError, match=r"expected|condition"):
         parse_setting(value)

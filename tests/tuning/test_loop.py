@@ -96,7 +96,9 @@ def test_collapse_is_noticed_and_undone() -> None:
     with torch.no_grad():
         model.weight.copy_(torch.eye(4)[:, :3] * 0.5)
         model.bias.copy_(torch.tensor([0.05, 0.0, 0.0, 0.0]))
-    outcome = tune(model, [model.bias], lambda m, x: m(x), tasks, **{**OPTIONS, "objective": "entropy", "learning_rate": 0.3})
+    outcome = tune(
+        model, [model.bias], lambda m, x: m(x), tasks, **{**OPTIONS, "objective": "entropy", "learning_rate": 0.3}
+    )
     assert outcome.collapsed
     assert outcome.checks[-1].held_out < outcome.checks[0].held_out
     assert outcome.best_step == 0

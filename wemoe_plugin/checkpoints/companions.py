@@ -23,7 +23,12 @@ def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
         dtype: safetensors' name of what the weights are written in, entered in a transformers configuration.
     """
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.name not in _OURS and not path.name.endswith(_WEIGHTS):
+        if (
+            path.is_file()
+            and not path.name.startswith(".")
+            and path.name not in _OURS
+            and not path.name.endswith(_WEIGHTS)
+        ):
             shutil.copyfile(path, target / path.name)
     config = target / TRANSFORMERS_CONFIG
     if config.is_file() and dtype in _TORCH_NAME:

@@ -117,7 +117,9 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, refuse: Any) -> S
     begin, end = offsets
     tensor = StoredTensor(path, name, dtype, tuple(shape), data_start + begin)
     if end - begin != tensor.nbytes:
-        raise refuse(f"{name!r} of shape {shape} and {dtype} needs {tensor.nbytes:,} bytes, its offsets {end - begin:,}")
+        raise refuse(
+            f"{name!r} of shape {shape} and {dtype} needs {tensor.nbytes:,} bytes, its offsets {end - begin:,}"
+        )
     return tensor
 
 

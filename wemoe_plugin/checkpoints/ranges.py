@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing_extensions import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from wemoe_plugin.checkpoints.checkpoint import Checkpoint
 from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor, build_header
@@ -36,7 +36,7 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 class RangeReader:

@@ -50,7 +50,7 @@ def draw_images(task: DrawnTask, count: int, seed: int) -> tuple[np.ndarray, np.
 
 
 def _finish(image: Image.Image, generator: np.random.Generator, noise: float) -> np.ndarray:
-    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float32)
+    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float64)
     pixels = pixels + generator.normal(0.0, noise, pixels.shape)
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
@@ -155,7 +155,7 @@ def _pattern(label: int, x: np.ndarray, y: np.ndarray, period: float) -> np.ndar
     if label == 2:
         return stripe((u + v) / math.sqrt(2))
     if label == 3:
-        return stripe(u) ^ stripe(v)
+        return np.asarray(stripe(u) ^ stripe(v))
     if label == 4:
         return np.asarray(np.hypot(np.mod(u, 1.0) - 0.5, np.mod(v, 1.0) - 0.5) < 0.32)
     if label == 5:
@@ -167,7 +167,8 @@ def _pattern(label: int, x: np.ndarray, y: np.ndarray, period: float) -> np.ndar
     if label == 8:
         row = np.floor(2 * v)
         return np.asarray((np.mod(2 * v, 1.0) < 0.3) | (np.mod(u + 0.5 * np.mod(row, 2), 1.0) < 0.15))
-    return stripe(v + np.abs(np.mod(u / 1.5, 1.0) - 0.5) * 1.6)
+    tooth: np.ndarray = np.abs(np.mod(u / 1.5, 1.0) - 0.5)
+    return stripe(v + 1.6 * tooth)
 
 
 def _draw_texture(label: int, generator: np.random.Generator) -> np.ndarray:

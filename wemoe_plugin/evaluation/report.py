@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.resources import files
 
 from wemoe_plugin.evaluation.scores import COLUMNS, Scores
 
@@ -50,7 +51,9 @@ def render_routing(scores: Scores) -> str:
         if i % across == 0:
             for row, label in enumerate(labels):
                 middle = y + _HEAD + row * _CELL_HEIGHT + 17
-                parts.append(f'<text x="{left - 8}" y="{middle}" text-anchor="end" fill="#57606a">{escape(label)}</text>')
+                parts.append(
+                    f'<text x="{left - 8}" y="{middle}" text-anchor="end" fill="#57606a">{escape(label)}</text>'
+                )
         parts.append(f'<text x="{x}" y="{y + 14}" font-weight="600" fill="#1b1f24">{escape(task)} images</text>')
         parts += _panel(x, y, [weights[module] for module in modules], scores.experts)
     return "\n".join([*parts, "</svg>"]) + "\n"
@@ -61,7 +64,9 @@ def _panel(x: int, y: int, rows: Sequence[Sequence[float]], experts: Sequence[st
     for k, expert in enumerate(experts):
         middle = x + k * _CELL_WIDTH + _CELL_WIDTH // 2
         shown = expert if len(expert) <= 8 else f"{expert[:7]}…"
-        parts.append(f'<text x="{middle}" y="{y + 34}" text-anchor="middle" font-size="11" fill="#57606a">{escape(shown)}</text>')
+        parts.append(
+            f'<text x="{middle}" y="{y + 34}" text-anchor="middle" font-size="11" fill="#57606a">{escape(shown)}</text>'
+        )
     for row, weights in enumerate(rows):
         for k, weight in enumerate(weights):
             left, top = x + k * _CELL_WIDTH, y + _HEAD + row * _CELL_HEIGHT
@@ -93,36 +98,21 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return [".".join(parts[i] for i in varying) for parts in split]
 
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --page: #ffffff; --bar: #1f5fbf; --rest: #c9d7ee; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --page: #0d1117; --bar: #6ea8fe; --rest: #2b3a55; }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-p.lead { color: var(--soft); margin-top: .3rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); text-align: left; }
-th { color: var(--soft); font-weight: 500; } tr.mean td { font-weight: 600; border-top: 2px solid var(--line); }
-.track { display: inline-block; width: 6rem; height: .5rem; border-radius: .25rem; background: var(--rest); margin-right: .6rem; }
-.fill { display: block; height: 100%; border-radius: .25rem; background: var(--bar); }
-figure { margin: 0; } figure svg { max-width: 100%; height: auto; border-radius: .4rem; } footer { color: var(--soft); margin-top: 2rem; font-size: .9rem; }
-"""
-
-
 def render_report(scores: Scores, title: str) -> str:
     """A page with the accuracies and the routing weights; it needs no other file and no network."""
     rows = [_row(name, row) for name, row in scores.tasks.items()] + [_row("mean", scores.mean, "mean")]
     gain = 100 * (scores.mean["merged"] - scores.mean["static"])
     figure = f"<h2>Routing</h2><figure>{render_routing(scores)}</figure>" if scores.routing else ""
     spent = ", ".join(f"{name} {value:.1f} s" for name, value in scores.seconds.items())
+    style = (files("wemoe_plugin.evaluation") / "report.css").read_text(encoding="utf-8")
     headings = "".join(f"<th>{_HEADINGS[column]}</th>" for column in COLUMNS)
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}: merged with wemoe-plugin</title>
-<style>{_STYLE}</style>
+<style>
+{style}</style>
 <h1>{escape(title)}</h1>
 <p class="lead">One model that keeps {100 * scores.kept:.1f} % of its experts' mean accuracy,
 {gain:+.1f} points against its static merge.</p>

@@ -10,11 +10,13 @@ def model_card(plan: MergePlan, title: str, recipe_text: str) -> str:
     library = plan.library
     experts = "\n".join(f"- {expert.name}" for expert in plan.experts)
     plain = (
-        'open_clip.create_model("local-dir:PATH")' if library == "open_clip" else "the model's own class, `from_pretrained(PATH)`"
+        'open_clip.create_model("local-dir:PATH")'
+        if library == "open_clip"
+        else "the model's own class, `from_pretrained(PATH)`"
     )
     upscaled = (
-        f"""{len(plan.modules)} modules are weight-ensembling mixtures of experts (WEMoE, arXiv 2402.00433): their weights are
-composed for every input from the base and {len(plan.experts)} task vectors.
+        f"""{len(plan.modules)} modules are weight-ensembling mixtures of experts (WEMoE, arXiv 2402.00433): their
+weights are composed for every input from the base and {len(plan.experts)} task vectors.
 
 ```python
 from wemoe_plugin import load_model

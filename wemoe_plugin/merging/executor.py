@@ -73,7 +73,9 @@ def execute_plan(
         worker = _Worker(reader, files, TORCH_DTYPE[plan.dtype], progress)
         pool = ThreadPoolExecutor(jobs, thread_name_prefix="merge")
         try:
-            futures = [pool.submit(_within, budget, need, worker.run, item) for item, need in zip(work, needs, strict=True)]
+            futures = [
+                pool.submit(_within, budget, need, worker.run, item) for item, need in zip(work, needs, strict=True)
+            ]
             _raise_first(futures)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -152,7 +152,7 @@ def _misfits(base: Model, experts: tuple[Model, ...]) -> Iterable[str]:
         tensors, where = expert.checkpoint.tensors, f"{expert.checkpoint.path} ({expert.name})"
         extra = [name for name in tensors if name not in reference]
         if extra and len(extra) == len(tensors):
-            yield f"{where}: none of its tensors is in the base {base.checkpoint.path}; is it a fine-tune of that model?"
+            yield f"{where}: none of its tensors is in the base {base.checkpoint.path}; is it a fine-tune of it?"
             continue
         if extra:
             yield f"{where}: has {_some(extra)}, which the base {base.checkpoint.path} has not"
@@ -185,9 +185,7 @@ def _some(names: list[str]) -> str:
 class _Planner:
     """Walks over the base's tensors once and decides on each."""
 
-    def __init__(
-        self, source: RecipeFile, base: Model, experts: tuple[Model, ...], shard_bytes: int | None
-    ) -> None:
+    def __init__(self, source: RecipeFile, base: Model, experts: tuple[Model, ...], shard_bytes: int | None) -> None:
         self.source = source
         self.recipe = source.recipe
         self.base = base
@@ -239,9 +237,8 @@ class _Planner:
             if not found:
                 near = nearest_modules(rule.match.globs, self.tensors)
                 hint = f"\n    nearest: {near}" if near else ""
-                problems.append(
-                    f"{where}: rules[{i}].match {str(rule.match)!r} matches no tensor of {self.base.checkpoint.path}{hint}"
-                )
+                base = self.base.checkpoint.path
+                problems.append(f"{where}: rules[{i}].match {str(rule.match)!r} matches no tensor of {base}{hint}")
             elif not free:
                 problems.append(f"{where}: rules[{i}].match {str(rule.match)!r} matches only what earlier rules claim")
             for name, path in free.items():
@@ -260,7 +257,9 @@ class _Planner:
             tuned = {name: path for name, path in claimed.items() if name in self.held}
             where = self.source.where("rules", i)
             if not tuned:
-                problems.append(f"{where}: rules[{i}] matches only tensors that no expert has; they have no task vectors")
+                problems.append(
+                    f"{where}: rules[{i}] matches only tensors that no expert has; they have no task vectors"
+                )
                 continue
             try:
                 modules += find_upscaled_modules(rule, i, tuned, self.tensors, self._module_lambdas(rule))

@@ -58,7 +58,9 @@ def attach_module(model: nn.Module, config: ModuleConfig, vectors: dict[str, Ten
         where = f"{path}.{layer.path}".rstrip(".")
         if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
             raise CheckpointError(f"{where} is a {type(linear).__name__} in this model, not a Linear layer")
-        replacement = _ensemble(linear, layer, f"{config.path}.{layer.path}".rstrip("."), vectors, routing, len(config.lambdas))
+        replacement = _ensemble(
+            linear, layer, f"{config.path}.{layer.path}".rstrip("."), vectors, routing, len(config.lambdas)
+        )
         if layer.path:
             model.set_submodule(f"{path}.{layer.path}", replacement)
         else:
@@ -123,7 +125,11 @@ def load_routers(directory: Path, config: WemoeConfig) -> dict[str, Router]:
 
 def save_routers(directory: Path, routers: dict[str, Router]) -> None:
     """Write ``routers.safetensors`` in one step."""
-    state = {f"{name}:{key}": value.detach().cpu().contiguous() for name, r in routers.items() for key, value in r.state_dict().items()}
+    state = {
+        f"{name}:{key}": value.detach().cpu().contiguous()
+        for name, r in routers.items()
+        for key, value in r.state_dict().items()
+    }
     write_atomically(directory / ROUTERS_NAME, save(state, {"format": "pt"}))
 
 

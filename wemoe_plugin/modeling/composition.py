@@ -26,7 +26,8 @@ def apply_dense(
     is bounded whatever the batch. Differentiable in ``x`` and ``offsets`` only: weights and task vectors are frozen.
     The backward pass composes the weights again instead of keeping them.
     """
-    return _DenseComposition.apply(x, offsets, weight, vectors, working_bytes)
+    y: Tensor = _DenseComposition.apply(x, offsets, weight, vectors, working_bytes)
+    return y
 
 
 def apply_low_rank(
@@ -36,7 +37,7 @@ def apply_low_rank(
     up: Float[Tensor, "experts out rank"],
 ) -> Float[Tensor, "batch tokens out"]:
     """What low-rank task vectors add: ((x Aᵀ) ⊙ offsets) Bᵀ with the factors of all experts stacked."""
-    experts, rank, _ = down.shape
+    rank = down.shape[1]
     thin = x @ down.flatten(0, 1).T
     thin = thin * offsets.repeat_interleave(rank, dim=1).unsqueeze(1)
     return thin @ up.transpose(0, 1).flatten(1).T

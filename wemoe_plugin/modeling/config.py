@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from typing_extensions import Self
-
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from typing_extensions import Self
 
 from wemoe_plugin.errors import CheckpointError
 
@@ -74,7 +73,9 @@ class WemoeConfig(_Strict):
             if module.router not in self.routers:
                 raise ValueError(f"the module {module.path} names an unknown router {module.router!r}")
             if len(module.lambdas) != len(self.experts):
-                raise ValueError(f"the module {module.path} has {len(module.lambdas)} λ for {len(self.experts)} experts")
+                raise ValueError(
+                    f"the module {module.path} has {len(module.lambdas)} λ for {len(self.experts)} experts"
+                )
         if any(Path(name).name != name for name in self.vector_files):
             raise ValueError("a file of task vectors lies outside of the directory")
         return self
@@ -90,7 +91,9 @@ def read_config(directory: Path) -> WemoeConfig:
     try:
         config = WemoeConfig.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{directory}: not an output of wemoe-merge with routers: {CONFIG_NAME} is absent") from None
+        raise CheckpointError(
+            f"{directory}: not an output of wemoe-merge with routers: {CONFIG_NAME} is absent"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:

@@ -60,7 +60,12 @@ class EnsembledLinear(nn.Module):
         self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
         down, up = factors or (None, None)
-        for name, value in (("weight_vectors", weight_vectors), ("bias_vectors", bias_vectors), ("down", down), ("up", up)):
+        for name, value in (
+            ("weight_vectors", weight_vectors),
+            ("bias_vectors", bias_vectors),
+            ("down", down),
+            ("up", up),
+        ):
             self.register_buffer(name, value)
 
     def forward(self, x: Float[Tensor, "batch *tokens in"]) -> Float[Tensor, "batch *tokens out"]:

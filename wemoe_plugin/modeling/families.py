@@ -88,7 +88,7 @@ class OpenClipFamily:
         return model.encode_text(tokens)  # type: ignore[operator, no-any-return]
 
     def logit_scale(self, model: nn.Module) -> Tensor:
-        return model.logit_scale.exp()  # type: ignore[operator, union-attr]
+        return model.logit_scale.exp()  # type: ignore[operator]
 
 
 class TransformersFamily:
@@ -132,7 +132,7 @@ class TransformersFamily:
         return _features(model, "get_text_features", tokens)
 
     def logit_scale(self, model: nn.Module) -> Tensor:
-        return model.logit_scale.exp()  # type: ignore[operator, union-attr]
+        return model.logit_scale.exp()  # type: ignore[operator]
 
 
 FAMILIES: Mapping[str, ModelFamily] = {"open_clip": OpenClipFamily(), "transformers": TransformersFamily()}

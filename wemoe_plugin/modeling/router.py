@@ -59,7 +59,8 @@ class Router(nn.Module):
         assert self.output is not None
         hidden = x if self.hidden is None else torch.relu(self.hidden(x))
         # The last layer is linear: averaging before it gives the mean of the logits for a fraction of the work.
-        return self.output(hidden.flatten(1, -2).mean(1) if hidden.ndim > 2 else hidden)
+        weights: Tensor = self.output(hidden.flatten(1, -2).mean(1) if hidden.ndim > 2 else hidden)
+        return weights
 
     def extra_repr(self) -> str:
         return f"width={self.width}, experts={self.experts}, depth={self.depth}"

@@ -75,7 +75,7 @@ def load_recipe(path: Path | str, directory: Path | None = None, tasks_path: Pat
             data["tasks"] = tasks_source.data
         except RecipeError as error:
             problems.append((source, ("tasks",), str(error)))
-            del data["tasks"]
+            data = {key: value for key, value in data.items() if key not in ("tasks", "tuning")}
     else:
         tasks_path = None
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from typing_extensions import Self
-
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from typing_extensions import Self
 
 from wemoe_plugin.recipe.patterns import KEYWORDS, Pattern, glob_expression
 from wemoe_plugin.recipe.settings import Setting, parse_setting

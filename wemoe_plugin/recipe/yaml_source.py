@@ -109,7 +109,7 @@ class _Reader:
         if node.tag in (f"{_YAML_TAGS}timestamp", f"{_YAML_TAGS}binary"):
             return node.value
         try:
-            return self.loader.construct_object(node)  # type: ignore[no-untyped-call]
+            return self.loader.construct_object(node)
         except ValueError as error:
             raise RecipeError(f"{self.path}:{line}: {error}") from None
 
@@ -123,6 +123,7 @@ class _Reader:
             key = key_node.value
             if key in result:
                 raise RecipeError(f"{self.path}:{line}: the key {key!r} stands twice")
-            self.lines[(*location, key)] = line
-            result[key] = self.value(value_node, (*location, key))
+            place = (*location, key)
+            self.lines[place] = line
+            result[key] = self.value(value_node, place)
         return result

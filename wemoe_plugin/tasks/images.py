@@ -72,7 +72,8 @@ class ImageSet:
         except OSError as error:
             raise TuningError(f"{self.where}: row {row} cannot be decoded: {error}") from None
         if not isinstance(picture, Image.Image):
-            raise TuningError(f"{self.where}: the column {self._input_column!r} holds {type(picture).__name__}, not images")
+            kind = type(picture).__name__
+            raise TuningError(f"{self.where}: the column {self._input_column!r} holds {kind}, not images")
         pixels = self._transform(picture.convert("RGB"))
         if self._room >= (size := pixels.numel() * pixels.element_size()):
             self._cache[row] = pixels
@@ -95,6 +96,9 @@ def load_images(
     Args:
         arguments: of ``datasets.load_dataset``; a ``path`` that ``Dataset.save_to_disk`` wrote is read as such.
         resolve: from a path as the recipe names it to where it lies.
+        transform: from a picture to (channels, height, width).
+        input_column: the column with the images.
+        label_column: the column with the labels; None where labels must not be looked at.
         limit: keep the first rows only.
         where: names the data in messages, such as ``tasks.digits.tune``.
 

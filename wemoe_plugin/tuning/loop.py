@@ -135,9 +135,11 @@ def tune(
         rows = [next(stream) for stream in streams]
         loss = _loss(model, encode, tasks, rows, objective_of)
         if not torch.isfinite(loss):
-            raise TuningError(f"the loss is not finite at step {step}; use a smaller learning rate than {learning_rate}")
+            raise TuningError(
+                f"the loss is not finite at step {step}; use a smaller learning rate than {learning_rate}"
+            )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
@@ -200,7 +202,7 @@ def _loss(
     objectives: Sequence[_RowObjective],
 ) -> Tensor:
     features = encode(model, torch.cat([task.inputs(own) for task, own in zip(tasks, rows, strict=True)]))
-    parts = features.split([len(own) for own in rows])
+    parts = torch.split(features, [len(own) for own in rows])
     losses = [f(t.head(part), own) for f, t, part, own in zip(objectives, tasks, parts, rows, strict=True)]
     return torch.stack(losses).sum()
 

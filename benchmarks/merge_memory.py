@@ -1,0 +1,84 @@
+"""Peak memory of a merge above the imported process, for models of about 0.2 GB and 2 GB.
+
+    python benchmarks/merge_memory.py [--experts 2]
+
+Each merge runs in a process of its own, which reports its largest resident size before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from machine import describe_machine
+from synthetic import Shapes, transformer_shapes, write_weights
+
+
+def model_shapes(layers: int) -> Shapes:
+    """A tower of ViT-L-sized layers, about 25 MB each in bfloat16."""
+    return dict(transformer_shapes("vision_model", layers, 1024, 4096))
+
+
+def run_merge(recipe: Path, out: Path) -> None:
+    """In the child: merge and print the peaks in bytes."""
+    import torch  # noqa: F401 (what is imported belongs to the process, not to the merge)
+
+    from wemoe_plugin.checkpoints.staging import staged_directory
+    from wemoe_plugin.merging.executor import execute_plan
+    from wemoe_plugin.merging.memory import peak_memory
+    from wemoe_plugin.merging.plan import plan_merge
+    from wemoe_plugin.recipe.loading import load_recipe
+
+    plan = plan_merge(load_recipe(recipe))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with staged_directory(out) as work:
+        execute_plan(plan, work, jobs=2)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    predicted = peak_memory(plan.operations, plan.dtype, 2)
+    print(json.dumps({"imported": before, "merge": after - before, "predicted": predicted, "read": plan.bytes_read}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=2)
+    parser.add_argument("--run", nargs=2, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        run_merge(*options.run)
+        return
+    print(describe_machine())
+    print(
+        f"task arithmetic and dense WEMoE MLPs, {options.experts} experts, bfloat16, 2 threads; MB above the import\n"
+    )
+    print(f"{'model':>8}{'read':>10}{'peak':>9}{'predicted':>11}{'imported':>10}")
+    peaks = []
+    for layers in (8, 80):
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder)
+            names = ["base", *(f"expert{k}" for k in range(options.experts))]
+            for seed, name in enumerate(names):
+                (directory / name).mkdir()
+                (directory / name / "config.json").write_text("{}")
+                size = write_weights(directory / name / "model.safetensors", model_shapes(layers), "BF16", seed)
+            models = "\n".join(f"  - model: {name}" for name in names[1:])
+            recipe = directory / "recipe.yaml"
+            recipe.write_text(
+                f"base_model: base\nmodels:\n{models}\nmerge_method: task_arithmetic\nparameters: {{lambda: 0.3}}\n"
+                "rules: [{match: mlp, merge_method: wemoe}]\n"
+            )
+            command = [sys.executable, __file__, "--run", str(recipe), str(directory / "out")]
+            child = subprocess.run(command, check=True, capture_output=True, text=True)
+            seen = json.loads(child.stdout)
+        peaks.append(seen["merge"])
+        columns = (seen["read"] / 1e9, seen["merge"] / 1e6, seen["predicted"] / 1e6, seen["imported"] / 1e6)
+        print("{:>5.2f} GB{:>7.2f} GB{:>9.1f}{:>11.1f}{:>10.0f}".format(size / 1e9, *columns))
+    print(f"\nratio of the peaks: {peaks[1] / peaks[0]:.2f}")
+
+
+if __name__ == "__main__":
+    main()

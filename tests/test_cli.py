@@ -1,0 +1,268 @@
+"""The command from end to end, on the demo's real models and a few images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tree
+from models import save_state
+from safetensors.torch import load_file
+
+from wemoe_plugin.demo.workspace import prepare_demo
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's folder with few images and few steps."""
+    directory = tmp_path_factory.mktemp("pristine") / "demo"
+    prepare_demo(directory, tune_images=24, score_images=24, steps=4)
+    return directory
+
+
+@pytest.fixture
+def demo(pristine: Path, tmp_path: Path) -> Path:
+    shutil.copytree(pristine, tmp_path / "demo")
+    return tmp_path / "demo"
+
+
+def edit(path: Path, *changes: tuple[str, str]) -> None:
+    text = path.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def test_the_main_job(demo: Path, command: Command) -> None:
+    status, out, err = command(demo / "recipe.yaml", "--out", demo / "merged")
+    assert (status, err) == (0, "")
+    assert "tuning 68,112 router parameters: distill, 4 steps" in out
+    assert "The merged model keeps" in out
+    results = json.loads((demo / "merged" / "results.json").read_text())
+    assert list(results["tasks"]) == ["digits", "shapes", "textures", "clocks"]
+    assert all(set(row) == {"base", "expert", "static", "merged"} for row in results["tasks"].values())
+    assert all(0 <= value <= 1 for row in results["tasks"].values() for value in row.values())
+    assert results["kept"] == results["mean"]["merged"] / results["mean"]["expert"]
+    assert set(results["seconds"]) == {"plan", "data", "merge", "tune", "evaluate"}
+    assert {"report.html", "routing.svg", "tasks.yaml", "recipe.yaml"} <= set(tree(demo / "merged"))
+    manifest = json.loads((demo / "merged" / "manifest.json").read_text())["files"]
+    import hashlib
+
+    assert set(manifest) | {"manifest.json"} == set(tree(demo / "merged"))
+    for name, entry in manifest.items():
+        assert entry["sha256"] == hashlib.sha256((demo / "merged" / name).read_bytes()).hexdigest()
+
+
+def test_the_steps_one_by_one_give_what_the_main_job_gives(demo: Path, command: Command) -> None:
+    assert command(demo / "recipe.yaml", "--out", demo / "a", "--quiet") == (0, "", "")
+    status, out, _ = command(demo / "recipe.yaml", "--out", demo / "b", "--no-tune", "--json")
+    assert (status, json.loads(out)["directory"]) == (0, str(demo / "b"))
+    fresh = load_file(demo / "b" / "routers.safetensors")
+    assert command("tune", demo / "b", "--quiet") == (0, "", "")
+    status, out, _ = command("evaluate", demo / "b", "--json")
+    assert status == 0
+    assert json.loads(out)["tasks"] == json.loads((demo / "a" / "results.json").read_text())["tasks"]
+    tuned = [load_file(demo / name / "routers.safetensors") for name in ("a", "b")]
+    assert all(torch.equal(tuned[0][name], tensor) for name, tensor in tuned[1].items())
+    assert not all(torch.equal(tuned[0][name], tensor) for name, tensor in fresh.items())
+
+
+def test_an_output_can_be_moved_together_with_its_inputs(demo: Path, command: Command) -> None:
+    command(demo / "recipe.yaml", "--out", demo / "merged", "--no-tune")
+    moved = demo.rename(demo.parent / "elsewhere")
+    assert command("evaluate", moved / "merged", "--quiet") == (0, "", "")
+
+
+def test_plan_writes_nothing(demo: Path, command: Command) -> None:
+    before = tree(demo)
+    status, out, err = command("plan", demo / "recipe.yaml")
+    assert (status, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert ["visual.**.mlp", "wemoe", "16", "526,848", "4"] in rows
+    assert "peak memory" in out
+    status, out, _ = command("plan", demo / "recipe.yaml", "--json")
+    plan: dict[str, Any] = json.loads(out)
+    assert plan["experts"] == ["digits", "shapes", "textures", "clocks"]
+    assert plan["parameters"] == {"static": 875_713, "task_vectors": 4 * 526_848, "routers": 68_112}
+    assert tree(demo) == before
+
+
+def test_the_default_output_and_force(demo: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo)
+    assert command("recipe.yaml", "--no-tune", "--quiet")[0] == 0
+    assert (demo / "merged" / "recipe" / "open_clip_model.safetensors").is_file()
+    before = tree(demo)
+    status, _, err = command("recipe.yaml", "--no-tune", "--quiet")
+    assert (status, err) == (2, "error: merged/recipe: exists; replace it with --force or choose another --out\n")
+    assert tree(demo) == before
+    assert command("recipe.yaml", "--no-tune", "--quiet", "--force")[0] == 0
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def weights(demo: Path, name: str) -> Path:
+    return demo / "models" / name / "open_clip_model.safetensors"
+
+
+def change_weights(demo: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    state = load_file(weights(demo, name))
+    change(state)
+    save_state(state, weights(demo, name))
+
+
+def shard(demo: Path) -> None:
+    """Make the base a transformers directory whose index names a shard that is not there."""
+    base = demo / "models" / "base"
+    remove(base / "open_clip_config.json")
+    remove(weights(demo, "base"))
+    (base / "config.json").write_text("{}")
+    index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "unknown key": (
+        lambda d: edit(d / "recipe.yaml", ("merge_method: task", "merge_metod: task")),
+        "DIR/recipe.yaml:10: merge_metod: unknown key; did you mean 'merge_method'?",
+    ),
+    "missing recipe": (lambda d: remove(d / "recipe.yaml"), "DIR/recipe.yaml: no such file"),
+    "missing directory": (
+        lambda d: remove(d / "models" / "shapes"),
+        "DIR/recipe.yaml:5: DIR/models/shapes: no such directory or file",
+    ),
+    "missing weights": (lambda d: remove(weights(d, "shapes")), "DIR/models/shapes: no weights: expected"),
+    "missing tasks file": (
+        lambda d: remove(d / "tasks.yaml"),
+        "DIR/recipe.yaml:21: tasks: DIR/tasks.yaml: no such file",
+    ),
+    "absent shard": (shard, "the shard model-00001-of-00001.safetensors is listed but absent"),
+    "truncated file": (
+        lambda d: weights(d, "shapes").write_bytes(weights(d, "shapes").read_bytes()[:-100]),
+        "DIR/models/shapes/open_clip_model.safetensors: not a whole safetensors file: its tensors end at byte",
+    ),
+    "garbage file": (
+        lambda d: weights(d, "shapes").write_bytes(b"garbage, not tensors"),
+        "DIR/models/shapes/open_clip_model.safetensors: not a whole safetensors file: its header claims",
+    ),
+    "another shape": (
+        lambda d: change_weights(d, "shapes", lambda s: s.update({"visual.proj": torch.zeros(64, 64)})),
+        "DIR/models/shapes (shapes): 'visual.proj' has shape [64, 64], the base [128, 64]",
+    ),
+    "missing tensor": (
+        lambda d: change_weights(d, "shapes", lambda s: s.pop("visual.proj")),
+        "DIR/models/shapes (shapes): lacks 'visual.proj', which the base and other experts have",
+    ),
+    "extra tensor": (
+        lambda d: change_weights(d, "shapes", lambda s: s.update(extra=torch.zeros(1))),
+        "DIR/models/shapes (shapes): has 'extra', which the base DIR/models/base has not",
+    ),
+    "rule that matches nothing": (
+        lambda d: edit(d / "recipe.yaml", ("visual.**.mlp", "vision.**.mlp")),
+        "DIR/recipe.yaml:15: rules[0].match 'vision.**.mlp' matches no tensor of DIR/models/base",
+    ),
+    "no Linear layers": (
+        lambda d: edit(d / "recipe.yaml", ("visual.**.mlp", "visual.conv1")),
+        "DIR/recipe.yaml:15: rules[0]: the module visual.conv1 has no Linear layers",
+    ),
+    "NaN": (
+        lambda d: change_weights(d, "shapes", lambda s: s["visual.proj"].view(-1)[5].fill_(float("nan"))),
+        "DIR/models/shapes/open_clip_model.safetensors: 'visual.proj' holds NaN",
+    ),
+    "infinity": (
+        lambda d: change_weights(d, "base", lambda s: s["visual.proj"].view(-1)[5].fill_(float("inf"))),
+        "DIR/models/base/open_clip_model.safetensors: 'visual.proj' holds infinity",
+    ),
+    "no tasks for tuning": (
+        lambda d: edit(d / "recipe.yaml", ("tasks: tasks.yaml\n", "")),
+        "tuning: there are no tasks to tune on; add tasks: with unlabeled data",
+    ),
+    "a label outside of the class names": (
+        lambda d: edit(d / "tasks.yaml", (', "nine"]', "]")),
+        "tasks.digits.score: the label 9 lies outside of the 9 class names",
+    ),
+    "missing data": (lambda d: remove(d / "data" / "digits" / "tune"), "tasks.digits.tune: no such directory"),
+    "missing column": (
+        lambda d: edit(d / "tasks.yaml", ("digits:\n", "digits:\n  input: picture\n")),
+        "tasks.digits.tune: has no column 'picture'; it has image",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_INPUTS)
+def test_bad_input_gives_one_message_and_leaves_nothing_behind(demo: Path, command: Command, kind: str) -> None:
+    damage, message = BAD_INPUTS[kind]
+    damage(demo)
+    before = tree(demo.parent)
+    status, out, err = command(demo / "recipe.yaml", "--out", demo / "deep" / "merged")
+    err = err.replace(str(demo), "DIR")
+    assert status == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in out + err
+    assert tree(demo.parent) == before
+
+
+def test_an_output_in_the_way_is_left_alone(demo: Path, command: Command) -> None:
+    (demo / "merged").mkdir()
+    (demo / "merged" / "thesis.tex").write_text("x")
+    before = tree(demo)
+    for options in ([], ["--force"]):
+        status, _, err = command(demo / "recipe.yaml", "--out", demo / "merged", *options)
+        assert status == 2
+        assert f"{demo / 'merged'}: " in err
+        assert tree(demo) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["evalute", "x"], "evalute: no such file; did you mean the command 'evaluate'?"),
+        (["tune", "."], "not an output of wemoe-merge"),
+        (["evaluate", "nowhere"], "not an output of wemoe-merge"),
+    ],
+)
+def test_mistaken_commands(
+    args: list[str], message: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command(*args)
+    assert status == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--max-memory", "lots"), ("--shard-size", "0GB"), ("--max-memory", "5PB")]
+)
+def test_sizes_that_are_none(demo: Path, command: Command, option: str, value: str) -> None:
+    status, _, err = command(demo / "recipe.yaml", option, value)
+    assert (status, err) == (2, f"error: {option} {value!r} is not a size such as 500MB or 4GiB\n")
+
+
+def test_an_unexpected_failure_has_status_1_and_no_traceback(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WEMOE_DEBUG", raising=False)
+    monkeypatch.setattr("wemoe_plugin.recipe.loading.load_recipe", lambda *_: 1 / 0)
+    status, out, err = command("plan", "x.yaml")
+    assert (status, out) == (1, "")
+    assert err == "error: ZeroDivisionError: division by zero\n(unexpected; set WEMOE_DEBUG=1 to see where)\n"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom wemoe_plugin.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'pydantic', 'yaml', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("[]")
+    assert "wemoe-merge demo" in result.stdout
