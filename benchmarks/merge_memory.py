@@ -68,7 +68,8 @@ def main() -> None:
             models = "\n".join(f"  - model: {name}" for name in names[1:])
             recipe = directory / "recipe.yaml"
             recipe.write_text(
-                f"base_model: base\nmodels:\n{models}\nmerge_method: task_arithmetic\nparameters: {{lambda: 0.3}}\n"
+                f"base_model: base\nmodels:\n{models}\n"
+                "merge_method: task_arithmetic\nparameters: {lambda: 0.3}\n"
                 "rules: [{match: mlp, merge_method: wemoe}]\n"
             )
             command = [sys.executable, __file__, "--run", str(recipe), str(directory / "out")]

@@ -38,8 +38,3 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
         return int(stopped.value.code or 0), output.out, output.err
 
     return run
-
-
-def tree(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory and its content: to see that nothing has changed."""
-    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else b"" for p in sorted(directory.rglob("*"))}

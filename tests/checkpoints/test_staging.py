@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import tree
+from snapshots import tree
 
 from wemoe_plugin.checkpoints.staging import staged_directory, write_atomically
 from wemoe_plugin.errors import PlanError

@@ -90,6 +90,8 @@ def test_saved_data_sets_and_parquet(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"path": "imagefolder", "data_dir": "nowhere"}, "no such directory"),
+        ({"path": "imagefolder", "data_files": "nowhere/*.png"}, "no file matches"),
+        ({"path": "imagefolder", "data_files": {"x": ["test/*/*.png", "nowhere/*.png"]}}, "no file matches"),
         ({"path": "imagefolder", "data_dir": "test", "split": "dev"}, "datasets cannot load it"),
         ({"path": "imagefolder", "data_dir": "test", "wrong": 1}, "datasets cannot load it"),
         ({"path": "no/such-data"}, "datasets cannot load it"),

@@ -102,8 +102,8 @@ def _task_yaml(task: DrawnTask) -> str:
     templates = ", ".join(f'"{template}"' for template in task.templates)
     return f"""\
 {task.name}:
-  tune: {{path: imagefolder, data_dir: data/{task.name}/tune, split: train}}
-  score: {{path: imagefolder, data_dir: data/{task.name}/test, split: train}}
+  tune: {{path: imagefolder, data_files: data/{task.name}/tune/*.png}}
+  score: {{path: imagefolder, data_files: data/{task.name}/test/*/*.png}}
   head:
     class_names: [{names}]
     templates: [{templates}]

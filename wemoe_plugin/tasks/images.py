@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,7 @@ def load_images(
     for key in ("data_dir", "data_files"):
         if key in kept:
             kept[key] = _local(kept[key], resolve)
-    if isinstance(kept.get("data_dir"), str) and "://" not in kept["data_dir"] and not Path(kept["data_dir"]).is_dir():
-        raise TuningError(f"{where}: no such directory {kept['data_dir']}")
+    _check_local_files(kept, where)
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.utils.logging.disable_progress_bar()
     try:
@@ -146,3 +146,16 @@ def _local(value: Any, resolve: Callable[[str], Path]) -> Any:
     if isinstance(value, dict):
         return {key: _local(item, resolve) for key, item in value.items()}
     return value
+
+
+def _check_local_files(arguments: Mapping[str, Any], where: str) -> None:
+    """Say plainly what is not there; the library's own words for it are about its insides."""
+    folder = arguments.get("data_dir")
+    if isinstance(folder, str) and "://" not in folder and not Path(folder).is_dir():
+        raise TuningError(f"{where}: no such directory {folder}")
+    patterns = arguments.get("data_files", [])
+    if isinstance(patterns, dict):
+        patterns = [p for value in patterns.values() for p in ([value] if isinstance(value, str) else value)]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if "://" not in pattern and next(glob.iglob(pattern, recursive=True), None) is None:
+            raise TuningError(f"{where}: no file matches {pattern}")

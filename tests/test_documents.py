@@ -1,0 +1,88 @@
+"""What the documents show works: recipes parse, code runs, the public names are the ones that are promised."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import wemoe_plugin
+from wemoe_plugin.demo.workspace import prepare_demo
+from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.pipeline.merge import merge
+from wemoe_plugin.recipe.loading import load_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        texts = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        found += [(f"{page.name}#{i}", text) for i, text in enumerate(texts)]
+    return found
+
+
+def shared_recipes() -> list[Path]:
+    return sorted((ROOT / "merge_recipes").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", shared_recipes(), ids=lambda path: path.stem)
+def test_shared_recipes_are_valid_and_listed(path: Path) -> None:
+    assert load_recipe(path).recipe.models
+    assert f"]({path.parent.name}/{path.name})" in (ROOT / "merge_recipes" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("where", "text"), blocks("yaml"))
+def test_recipes_in_documents_are_valid(tmp_path: Path, where: str, text: str) -> None:
+    data = yaml.safe_load(text)
+    parts = {"models": [{"model": "a"}], "base_model": "b", "merge_method": "task_arithmetic"}
+    if set(data) & {"models", "rules", "parameters", "tuning", "merge_method"}:
+        names = [task.get("expert", name) for name, task in data.get("tasks", {}).items()]
+        parts["models"] = [{"model": name} for name in names] or parts["models"]
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**parts, **data}))
+    else:  # a tasks file
+        parts["models"] = [{"model": task.get("expert", name)} for name, task in data.items()]
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**parts, "tasks": data}))
+    load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the documents' code finds: wemoe-demo/ with its merge."""
+    directory = tmp_path_factory.mktemp("documents") / "wemoe-demo"
+    source = load_recipe(prepare_demo(directory, tune_images=8, score_images=24, steps=2))
+    merge(source, plan_merge(source), directory / "merged")
+    return directory
+
+
+@pytest.mark.parametrize(("where", "text"), blocks("python"))
+def test_code_in_documents_runs(demo: Path, monkeypatch: pytest.MonkeyPatch, where: str, text: str) -> None:
+    monkeypatch.chdir(demo.parent)
+    exec(compile(text, where, "exec"), {})
+
+
+def test_every_public_name_has_a_home() -> None:
+    assert wemoe_plugin.__all__ == sorted(wemoe_plugin.__all__)
+    assert sorted(name for names in wemoe_plugin._HOMES.values() for name in names) == wemoe_plugin.__all__
+    for name in wemoe_plugin.__all__:
+        assert getattr(wemoe_plugin, name).__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        wemoe_plugin.nothing  # noqa: B018
+
+
+def test_the_tour_names_every_file() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text()
+    package = ROOT / "wemoe_plugin"
+    missing = [
+        str(p.relative_to(package)) for p in package.rglob("*.py") if p.stem != "__init__" and p.name not in tour
+    ]
+    assert missing == []
+
+
+def test_the_demos_checkpoints_stay_small() -> None:
+    sizes = [p.stat().st_size for p in (ROOT / "wemoe_plugin" / "demo" / "checkpoints").rglob("*") if p.is_file()]
+    assert sum(sizes) < 10_000_000
