@@ -77,6 +77,7 @@ def write_weights(path: Path, shapes: Shapes, dtype: str, seed: int | None) -> i
 
 def _random_bytes(generator: np.random.Generator, count: int, dtype: str) -> bytes:
     values = generator.standard_normal(count, dtype=np.float32) * np.float32(0.02)
+    stored: np.ndarray = values.astype(np.float16 if dtype == "F16" else np.float32)
     if dtype == "BF16":
-        return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
-    return values.astype(np.float16 if dtype == "F16" else np.float32).tobytes()
+        stored = (values.view(np.uint32) >> 16).astype(np.uint16)
+    return bytes(stored.data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -39,7 +40,9 @@ def test_shared_recipes_are_valid_and_listed(path: Path) -> None:
 @pytest.mark.parametrize(("where", "text"), blocks("yaml"))
 def test_recipes_in_documents_are_valid(tmp_path: Path, where: str, text: str) -> None:
     data = yaml.safe_load(text)
-    parts = {"models": [{"model": "a"}], "base_model": "b", "merge_method": "task_arithmetic"}
+    parts: dict[str, Any] = {"models": [{"model": "a"}], "base_model": "b", "merge_method": "task_arithmetic"}
+    if "tuning" in data and "tasks" not in data:  # an excerpt
+        parts |= {"rules": [{"match": "mlp", "merge_method": "wemoe"}], "tasks": {"a": {"tune": {"path": "x"}}}}
     if set(data) & {"models", "rules", "parameters", "tuning", "merge_method"}:
         names = [task.get("expert", name) for name, task in data.get("tasks", {}).items()]
         parts["models"] = [{"model": name} for name in names] or parts["models"]

@@ -9,8 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WORKING_BYTES = 256 * 2**20
-"""The most that the composed weights of one layer take at a time."""
+WORKING_BYTES = 16 * 2**20
+"""The most that the composed weights of one layer take at a time.
+
+Small on purpose: a band that stays in the cache, and below the size from which the allocator fetches fresh pages for
+every use, makes the layer nearly twice as fast on a CPU as one of 64 MiB (benchmarks/LOG.md)."""
 
 
 def apply_dense(

@@ -157,5 +157,5 @@ def _check_local_files(arguments: Mapping[str, Any], where: str) -> None:
     if isinstance(patterns, dict):
         patterns = [p for value in patterns.values() for p in ([value] if isinstance(value, str) else value)]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if "://" not in pattern and next(glob.iglob(pattern, recursive=True), None) is None:
+        if "://" not in pattern and not glob.glob(pattern, recursive=True):  # noqa: PTH207 (absolute patterns)
             raise TuningError(f"{where}: no file matches {pattern}")
