@@ -5,23 +5,30 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from wemoe_plugin.console import (
+    check_printer,
+    format_size,
+    parse_size,
+    print_json,
+    progress_bar,
+    speaker,
+    tell_outcome,
+    tell_scores,
+    timed,
+)
 from wemoe_plugin.errors import WemoeError
 
 if TYPE_CHECKING:
-    from wemoe_plugin.merging.executor import Progress
     from wemoe_plugin.merging.plan import MergePlan
     from wemoe_plugin.recipe.loading import RecipeFile
     from wemoe_plugin.recipe.schema import TuningSpec
-    from wemoe_plugin.tuning.loop import Check
 
 
 class _DefaultGroup(TyperGroup):
@@ -109,16 +116,18 @@ def merge_command(
     json: JsonOption = False,
 ) -> None:
     """Merge a recipe, and tune and score the result if the recipe says so. (The default command.)"""
-    say = _speaker(quiet or json)
-    limit = None if max_memory is None else _bytes(max_memory, "--max-memory")
+    say = speaker(quiet or json)
+    limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
     timings: dict[str, float] = {}
-    with _timed(timings, "plan"):
+    with timed(timings, "plan"):
         source, plan = _planned(recipe, shard_size)
         target = out if out is not None else Path("merged") / recipe.stem
         from wemoe_plugin.checkpoints.staging import check_output
 
         check_output(target, force)
-    for line in _summary(plan):
+    from wemoe_plugin.merging.plan_table import summary_lines
+
+    for line in summary_lines(plan):
         say(line)
     from wemoe_plugin.pipeline.merge import merge
     from wemoe_plugin.pipeline.workbench import Workbench
@@ -126,29 +135,30 @@ def merge_command(
     tuning = None if no_tune else source.recipe.tuning
     workbench = None
     if tuning is not None:
-        with _timed(timings, "data"):
+        with timed(timings, "data"):
             workbench = Workbench(source, device)
             scoring = all(task.score is not None for task in workbench.tasks.values())
             workbench.check(scoring=scoring)
-    with _timed(timings, "merge"), _progress(plan.bytes_read, quiet or json) as progress:
+    with timed(timings, "merge"), progress_bar(plan.bytes_read, quiet or json) as progress:
         merge(source, plan, target, force=force, jobs=jobs, max_memory=limit, progress=progress)
-    say(f"merged {_size(plan.bytes_read)} into {_size(plan.bytes_written)} in {timings['merge']:.1f} s: {target}")
+    sizes = f"{format_size(plan.bytes_read)} into {format_size(plan.bytes_written)}"
+    say(f"merged {sizes} in {timings['merge']:.1f} s: {target}")
     result: dict[str, Any] = {"directory": str(target), "seconds": timings}
     if workbench is not None and tuning is not None:
         from wemoe_plugin.pipeline.evaluate import evaluate_directory
         from wemoe_plugin.pipeline.tune import tune_directory
 
-        with _timed(timings, "tune"):
-            outcome = tune_directory(target, workbench, _reseeded(tuning, seed), say=say, on_check=_check_printer(say))
-        _tell_outcome(outcome, say)
+        with timed(timings, "tune"):
+            outcome = tune_directory(target, workbench, _reseeded(tuning, seed), say=say, on_check=check_printer(say))
+        tell_outcome(outcome, say)
         result["tuning"] = {"best_step": outcome.best_step, "collapsed": list(outcome.collapsed)}
         if scoring:
             scores = evaluate_directory(target, workbench, say=say, seconds=timings)
             result |= scores.to_json()
-            _tell_scores(scores, say)
+            tell_scores(scores, say)
             say(f"report: {target / 'report.html'}")
     if json:
-        _print_json(result)
+        print_json(result)
 
 
 @app.command("plan")
@@ -163,34 +173,15 @@ def plan_command(
     """Show what a merge would do, from the files' headers alone: no tensor is read, nothing is written."""
     _, plan = _planned(recipe, shard_size)
     from wemoe_plugin.merging.memory import peak_memory
+    from wemoe_plugin.merging.plan_table import plan_json, plan_lines
 
     jobs = jobs or len(os.sched_getaffinity(0))
     peak = peak_memory(plan.operations, plan.dtype, jobs)
     if json:
-        _print_json(_plan_json(plan, peak))
+        print_json(plan_json(plan, peak))
         return
-    for line in _summary(plan):
+    for line in plan_lines(plan, peak, jobs, format_size):
         typer.echo(line)
-    typer.echo("")
-    width = max(len(claim.label) for claim in plan.claims)
-    typer.echo(f"{'part':<{width}}  {'method':<16}{'tensors':>8}{'parameters':>16}{'modules':>9}")
-    for claim in plan.claims:
-        modules = str(claim.modules) if claim.modules else "-"
-        typer.echo(f"{claim.label:<{width}}  {claim.method:<16}{claim.tensors:>8,}{claim.parameters:>16,}{modules:>9}")
-    if plan.base_only:
-        typer.echo(f"\n{len(plan.base_only)} tensors that no expert has are the base's, {plan.base_only[0]} the first")
-    typer.echo("")
-    if plan.modules:
-        total = plan.base_parameters + plan.vector_parameters + plan.router_parameters
-        typer.echo(
-            f"parameters    {plan.base_parameters:,} static + {plan.vector_parameters:,} task vectors + "
-            f"{plan.router_parameters:,} routers = {total / plan.base_parameters:.2f} x the base"
-        )
-    else:
-        typer.echo(f"parameters    {plan.base_parameters:,}")
-    typer.echo(f"reads         {_size(plan.bytes_read)}")
-    typer.echo(f"writes        {_size(plan.bytes_written)} in {len(plan.files)} files")
-    typer.echo(f"peak memory   {_size(peak)} of buffers with {jobs} threads, above the imported process")
 
 
 @app.command("tune")
@@ -198,7 +189,7 @@ def tune_command(
     directory: DirectoryArgument, device: DeviceOption = "cpu", seed: SeedOption = None, quiet: QuietOption = False
 ) -> None:
     """Tune the routers of an output directory on its recipe's unlabeled data."""
-    say = _speaker(quiet)
+    say = speaker(quiet)
     from wemoe_plugin.pipeline.merge import recipe_of
     from wemoe_plugin.pipeline.tune import tune_directory
     from wemoe_plugin.pipeline.workbench import Workbench
@@ -208,8 +199,8 @@ def tune_command(
     spec = _reseeded(source.recipe.tuning or TuningSpec(), seed)
     workbench = Workbench(source, device)
     workbench.check(scoring=False)
-    outcome = tune_directory(directory, workbench, spec, say=say, on_check=_check_printer(say))
-    _tell_outcome(outcome, say)
+    outcome = tune_directory(directory, workbench, spec, say=say, on_check=check_printer(say))
+    tell_outcome(outcome, say)
 
 
 @app.command("evaluate")
@@ -217,16 +208,16 @@ def evaluate_command(
     directory: DirectoryArgument, device: DeviceOption = "cpu", quiet: QuietOption = False, json: JsonOption = False
 ) -> None:
     """Score base, experts, static merge and merged model on the recipe's labeled data."""
-    say = _speaker(quiet or json)
+    say = speaker(quiet or json)
     from wemoe_plugin.pipeline.evaluate import evaluate_directory
     from wemoe_plugin.pipeline.merge import recipe_of
     from wemoe_plugin.pipeline.workbench import Workbench
 
     scores = evaluate_directory(directory, Workbench(recipe_of(directory), device), say=say)
-    _tell_scores(scores, say)
+    tell_scores(scores, say)
     say(f"report: {directory / 'report.html'}")
     if json:
-        _print_json(scores.to_json())
+        print_json(scores.to_json())
 
 
 @app.command("demo")
@@ -238,7 +229,7 @@ def demo_command(
     quiet: QuietOption = False,
 ) -> None:
     """See it work: four tiny experts become one model that keeps their accuracy. About a minute on two cores."""
-    say = _speaker(quiet)
+    say = speaker(quiet)
     from wemoe_plugin.demo.workspace import prepare_demo
 
     recipe = prepare_demo(out, seed=seed, force=force, say=say)
@@ -257,127 +248,7 @@ def _planned(recipe: Path, shard_size: str) -> tuple[RecipeFile, MergePlan]:
     from wemoe_plugin.recipe.loading import load_recipe
 
     source = load_recipe(recipe)
-    return source, plan_merge(source, _bytes(shard_size, "--shard-size"))
-
-
-def _summary(plan: MergePlan) -> list[str]:
-    names = ", ".join(expert.name for expert in plan.experts)
-    lines = [f"base {plan.base.checkpoint.path} ({plan.library}), {len(plan.experts)} experts: {names}"]
-    if plan.modules:
-        forms = sorted({module.form for module in plan.modules})
-        lines.append(f"{len(plan.modules)} modules become mixtures of experts, task vectors {', '.join(forms)}")
-    return lines
-
-
-def _plan_json(plan: MergePlan, peak: int) -> dict[str, Any]:
-    return {
-        "base": str(plan.base.checkpoint.path),
-        "experts": [expert.name for expert in plan.experts],
-        "claims": [vars(claim) for claim in plan.claims],
-        "base_only": list(plan.base_only),
-        "modules": [module.path for module in plan.modules],
-        "parameters": {
-            "static": plan.base_parameters,
-            "task_vectors": plan.vector_parameters,
-            "routers": plan.router_parameters,
-        },
-        "files": {file.name: file.nbytes for file in plan.files},
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
-        "peak_memory": peak,
-    }
-
-
-class _Speaker:
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-
-    def __call__(self, line: str) -> None:
-        if not self.quiet:
-            typer.echo(line)
-
-
-def _speaker(quiet: bool) -> _Speaker:
-    return _Speaker(quiet)
-
-
-def _check_printer(say: _Speaker) -> Any:
-    def show(check: Check) -> None:
-        loss = "" if check.step == 0 else f"  loss {check.loss:8.4f}"
-        say(f"  step {check.step:5d}  held-out {check.held_out:8.4f}{loss}")
-
-    return show
-
-
-def _tell_outcome(outcome: Any, say: _Speaker) -> None:
-    if outcome.collapsed:
-        say(
-            f"predictions on {', '.join(outcome.collapsed)} collapsed onto few classes: stopped and went back to step "
-            f"{outcome.best_step}. Try objective: distill, or a smaller learning_rate."
-        )
-    else:
-        say(f"kept the routers of step {outcome.best_step}, the best on held-out data")
-
-
-def _tell_scores(scores: Any, say: _Speaker) -> None:
-    from wemoe_plugin.evaluation.report import score_lines
-
-    say("")
-    for line in score_lines(scores):
-        say(line)
-
-
-@contextmanager
-def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    timings[name] = round(time.perf_counter() - started, 3)
-
-
-@contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Progress | None]:
-    """A bar on a terminal, nothing elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        job = bar.add_task("merge", total=total)
-        yield lambda done: bar.advance(job, done)
-
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _bytes(text: str, option: str) -> int:
-    """From ``4GiB`` to bytes."""
-    digits = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
-    unit = text.strip()[len(digits) :].strip().upper() or "B"
-    try:
-        value = int(float(digits) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        value = 0
-    if value <= 0:
-        raise WemoeError(f"{option} {text!r} is not a size such as 500MB or 4GiB")
-    return value
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2))
+    return source, plan_merge(source, parse_size(shard_size, "--shard-size"))
 
 
 if __name__ == "__main__":

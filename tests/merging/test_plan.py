@@ -9,8 +9,9 @@ import torch
 from models import open_clip_family, save_open_clip, save_state, transformers_family
 
 from wemoe_plugin.errors import PlanError
+from wemoe_plugin.merging.names import relative_depths
 from wemoe_plugin.merging.operations import Combine, Copy, Upscale
-from wemoe_plugin.merging.plan import MergePlan, plan_merge, relative_depths
+from wemoe_plugin.merging.plan import MergePlan, plan_merge
 from wemoe_plugin.recipe.loading import load_recipe
 
 HEAD = """\

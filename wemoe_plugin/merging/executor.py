@@ -83,9 +83,7 @@ def execute_plan(
 
 def _ranges(plan: MergePlan, chunk_elements: int) -> Iterator[_Range]:
     for operation in plan.operations:
-        total = 1
-        for axis in operation.output.shape:
-            total *= axis
+        total = operation.output.elements
         whole = isinstance(operation, Upscale) and operation.rank is not None
         step = total if whole else chunk_elements
         for start in range(0, total, max(step, 1)):

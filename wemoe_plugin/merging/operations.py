@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor
@@ -16,11 +17,12 @@ class OutputTensor:
     shape: tuple[int, ...]
 
     @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        size = ITEM_BYTES[self.dtype]
-        for axis in self.shape:
-            size *= axis
-        return size
+        return self.elements * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,18 @@ imported.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from wemoe_plugin.checkpoints.checkpoint import WEIGHT_NAMES, Checkpoint, open_checkpoint
+from wemoe_plugin.checkpoints.checkpoint import WEIGHT_NAMES
 from wemoe_plugin.checkpoints.header import FLOATS, StoredTensor
-from wemoe_plugin.errors import CheckpointError, PlanError
-from wemoe_plugin.merging.alignment import align
+from wemoe_plugin.errors import PlanError
+from wemoe_plugin.merging.inputs import Model, open_models
 from wemoe_plugin.merging.layout import OutputFile, lay_out
+from wemoe_plugin.merging.names import nearest_modules, relative_depths
 from wemoe_plugin.merging.operations import Combine, Copy, Mixture, Operation, OutputTensor, Upscale
 from wemoe_plugin.merging.upscaling import UpscaledLayer, UpscaledModule, find_upscaled_modules
 from wemoe_plugin.recipe.loading import RecipeFile
-from wemoe_plugin.recipe.patterns import module_of
 from wemoe_plugin.recipe.schema import Rule
 from wemoe_plugin.recipe.settings import Setting
 
@@ -27,14 +25,6 @@ SAFETENSORS_DTYPE = {"float64": "F64", "float32": "F32", "float16": "F16", "bflo
 """From a recipe's dtype to safetensors'."""
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model of the recipe: its name there and its checkpoint."""
-
-    name: str
-    checkpoint: Checkpoint
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ class MergePlan:
 
     @property
     def vector_parameters(self) -> int:
-        return sum(_elements(tensor.shape) for file in self.vector_files for tensor in file.tensors)
+        return sum(tensor.elements for file in self.vector_files for tensor in file.tensors)
 
     @property
     def router_parameters(self) -> int:
@@ -114,72 +104,8 @@ def plan_merge(source: RecipeFile, shard_bytes: int | None = DEFAULT_SHARD_BYTES
         CheckpointError: a model cannot be read.
         PlanError: the models do not fit together, or a rule does not fit them; all such problems at once.
     """
-    base, experts = _open_models(source)
-    problems = list(_misfits(base, experts))
-    if problems:
-        raise PlanError("\n".join(problems))
+    base, experts = open_models(source)
     return _Planner(source, base, experts, shard_bytes).plan()
-
-
-def _open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
-    recipe = source.recipe
-    problems: list[str] = []
-
-    def opened(reference: str, name: str, *location: str | int) -> Model | None:
-        try:
-            return Model(name, open_checkpoint(source.resolve(reference)))
-        except CheckpointError as error:
-            problems.append(f"{source.where(*location)}: {error}")
-            return None
-
-    base = opened(recipe.base_model, "base", "base_model") if recipe.base_model is not None else None
-    experts = [opened(entry.model, entry.name, "models", i, "model") for i, entry in enumerate(recipe.models)]
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    models = tuple(expert for expert in experts if expert is not None)
-    if base is None:
-        base = models[0]
-    if base.checkpoint.library is None:
-        raise CheckpointError(f"{base.checkpoint.path}: the base must be a directory with its configuration")
-    return base, tuple(Model(model.name, align(model.checkpoint, base.checkpoint)) for model in models)
-
-
-def _misfits(base: Model, experts: tuple[Model, ...]) -> Iterable[str]:
-    """Models that are not fine-tunes of one base."""
-    reference = base.checkpoint.tensors
-    held = {name for expert in experts for name in expert.checkpoint.tensors}
-    for expert in experts:
-        tensors, where = expert.checkpoint.tensors, f"{expert.checkpoint.path} ({expert.name})"
-        extra = [name for name in tensors if name not in reference]
-        if extra and len(extra) == len(tensors):
-            yield f"{where}: none of its tensors is in the base {base.checkpoint.path}; is it a fine-tune of it?"
-            continue
-        if extra:
-            yield f"{where}: has {_some(extra)}, which the base {base.checkpoint.path} has not"
-        missing = [name for name in reference if name in held and name not in tensors]
-        if missing:
-            yield f"{where}: lacks {_some(missing)}, which the base and other experts have"
-        for name in (name for name in tensors if name in reference):
-            if tensors[name].shape != reference[name].shape:
-                shapes = f"{list(tensors[name].shape)}, the base {list(reference[name].shape)}"
-                yield f"{where}: {name!r} has shape {shapes}"
-            elif (tensors[name].dtype in FLOATS) != (reference[name].dtype in FLOATS):
-                yield f"{where}: {name!r} is {tensors[name].dtype}, in the base {reference[name].dtype}"
-        mine, theirs = _activation(expert.checkpoint), _activation(base.checkpoint)
-        if expert.checkpoint.library == base.checkpoint.library and mine != theirs:
-            yield f"{where}: its activation is {mine}, the base's {theirs}; merged weights would fit neither"
-
-
-def _activation(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.library == "open_clip":
-        settings = checkpoint.config.get("model_cfg", {})
-        return "QuickGELU" if isinstance(settings, dict) and settings.get("quick_gelu") else "GELU"
-    return None
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 class _Planner:
@@ -344,54 +270,3 @@ class _Planner:
                 parameters=sum(self.tensors[name].elements for name in names),
                 modules=sum(module.rule == i for module in modules),
             )
-
-
-def relative_depths(tensor_names: Iterable[str]) -> dict[str, float]:
-    """The place of each tensor in its stack of layers, from 0 (first layer) to 1 (last), for gradients.
-
-    Outside of a stack embeddings are at 0 and everything else is at 1, as in mergekit.
-    """
-    numbered = re.compile(r"^(.*?)\.(\d+)\.")
-    places: dict[str, tuple[str, int] | None] = {}
-    last: dict[str, int] = {}
-    for name in tensor_names:
-        match = numbered.match(name)
-        places[name] = (match[1], int(match[2])) if match else None
-        if match:
-            last[match[1]] = max(last.get(match[1], 0), int(match[2]))
-    depths = {}
-    for name, place in places.items():
-        if place is None:
-            depths[name] = 0.0 if "embed" in name or "wte" in name or "wpe" in name else 1.0
-        else:
-            depths[name] = place[1] / last[place[0]] if last[place[0]] else 1.0
-    return depths
-
-
-def nearest_modules(globs: Iterable[str], tensor_names: Iterable[str]) -> str | None:
-    """The module path (numbers as ``*``) that looks most like what a rule asked for."""
-    import difflib
-
-    paths: dict[str, None] = {}
-    for name in tensor_names:
-        path = module_of(name)
-        while path:
-            paths[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)] = None
-            path = module_of(path)
-    for glob in globs:
-        near = difflib.get_close_matches(re.sub(r"\[\d+-\d+\]", "*", glob), paths, 1, 0.5)
-        if near:
-            return near[0]
-    return None
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for axis in shape:
-        count *= axis
-    return count
-
-
-def resolve_output(recipe_path: Path, out: Path | None) -> Path:
-    """Where the result goes: ``--out``, or ``merged/<recipe stem>`` in the current folder."""
-    return out if out is not None else Path("merged") / recipe_path.stem

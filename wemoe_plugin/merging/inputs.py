@@ -1,0 +1,91 @@
+"""The models of a recipe, opened and found to be fine-tunes of one base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from wemoe_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from wemoe_plugin.checkpoints.header import FLOATS
+from wemoe_plugin.errors import CheckpointError, PlanError
+from wemoe_plugin.merging.alignment import align
+from wemoe_plugin.recipe.loading import RecipeFile
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the recipe: its name there and its checkpoint."""
+
+    name: str
+    checkpoint: Checkpoint
+
+
+def open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
+    """The base and the models to merge, under the base's names.
+
+    Raises:
+        CheckpointError: some cannot be read; all of them are named.
+        PlanError: some are not fine-tunes of the base; everything that does not fit is named.
+    """
+    recipe = source.recipe
+    problems: list[str] = []
+
+    def opened(reference: str, name: str, *location: str | int) -> Model | None:
+        try:
+            return Model(name, open_checkpoint(source.resolve(reference)))
+        except CheckpointError as error:
+            problems.append(f"{source.where(*location)}: {error}")
+            return None
+
+    base = opened(recipe.base_model, "base", "base_model") if recipe.base_model is not None else None
+    experts = [opened(entry.model, entry.name, "models", i, "model") for i, entry in enumerate(recipe.models)]
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    models = tuple(expert for expert in experts if expert is not None)
+    if base is None:
+        base = models[0]
+    if base.checkpoint.library is None:
+        raise CheckpointError(f"{base.checkpoint.path}: the base must be a directory with its configuration")
+    aligned = tuple(Model(model.name, align(model.checkpoint, base.checkpoint)) for model in models)
+    misfits = list(_misfits(base, aligned))
+    if misfits:
+        raise PlanError("\n".join(misfits))
+    return base, aligned
+
+
+def _misfits(base: Model, experts: tuple[Model, ...]) -> Iterable[str]:
+    """Models that are not fine-tunes of one base."""
+    reference = base.checkpoint.tensors
+    held = {name for expert in experts for name in expert.checkpoint.tensors}
+    for expert in experts:
+        tensors, where = expert.checkpoint.tensors, f"{expert.checkpoint.path} ({expert.name})"
+        extra = [name for name in tensors if name not in reference]
+        if extra and len(extra) == len(tensors):
+            yield f"{where}: none of its tensors is in the base {base.checkpoint.path}; is it a fine-tune of it?"
+            continue
+        if extra:
+            yield f"{where}: has {_some(extra)}, which the base {base.checkpoint.path} has not"
+        missing = [name for name in reference if name in held and name not in tensors]
+        if missing:
+            yield f"{where}: lacks {_some(missing)}, which the base and other experts have"
+        for name in (name for name in tensors if name in reference):
+            if tensors[name].shape != reference[name].shape:
+                shapes = f"{list(tensors[name].shape)}, the base {list(reference[name].shape)}"
+                yield f"{where}: {name!r} has shape {shapes}"
+            elif (tensors[name].dtype in FLOATS) != (reference[name].dtype in FLOATS):
+                yield f"{where}: {name!r} is {tensors[name].dtype}, in the base {reference[name].dtype}"
+        mine, theirs = _activation(expert.checkpoint), _activation(base.checkpoint)
+        if expert.checkpoint.library == base.checkpoint.library and mine != theirs:
+            yield f"{where}: its activation is {mine}, the base's {theirs}; merged weights would fit neither"
+
+
+def _activation(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.library == "open_clip":
+        settings = checkpoint.config.get("model_cfg", {})
+        return "QuickGELU" if isinstance(settings, dict) and settings.get("quick_gelu") else "GELU"
+    return None
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
