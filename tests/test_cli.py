@@ -17,6 +17,12 @@ from safetensors.torch import load_file
 from snapshots import tree
 
 from wemoe_plugin.demo.workspace import prepare_demo
+from wemoe_plugin.errors import PlanError
+from wemoe_plugin.evaluation.scores import accuracy, predict
+from wemoe_plugin.pipeline.tune import _task
+from wemoe_plugin.pipeline.workbench import Workbench
+from wemoe_plugin.recipe.loading import load_recipe
+from wemoe_plugin.recipe.schema import TuningSpec
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -196,6 +202,22 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: remove(d / "data" / "digits" / "tune"),
         "tasks.digits.tune: no file matches DIR/data/digits/tune/*.png",
     ),
+    "one row to tune on": (
+        lambda d: edit(d / "tasks.yaml", ("digits:\n", "digits:\n  limit: 1\n")),
+        "tasks.digits.tune: tuning needs at least two rows, it has 1",
+    ),
+    "streaming data": (
+        lambda d: edit(d / "tasks.yaml", ("digits/tune/*.png}", "digits/tune/*.png, streaming: true}")),
+        "tasks.digits.tune: gives a IterableDataset, not one data set",
+    ),
+    "a base without its tokenizer": (
+        lambda d: remove(d / "models" / "base" / "tokenizer.json"),
+        "DIR/models/base: its library cannot load it: ",
+    ),
+    "an image that is none": (
+        lambda d: [p.write_bytes(b"x") for p in (d / "data" / "digits" / "tune").iterdir()],
+        "tasks.digits.tune: row 0 cannot be decoded",
+    ),
     "missing column": (
         lambda d: edit(d / "tasks.yaml", ("digits:\n", "digits:\n  input: picture\n")),
         "tasks.digits.tune: has no column 'picture'; it has image",
@@ -259,6 +281,125 @@ def test_an_unexpected_failure_has_status_1_and_no_traceback(command: Command, m
     status, out, err = command("plan", "x.yaml")
     assert (status, out) == (1, "")
     assert err == "error: ZeroDivisionError: division by zero\n(unexpected; set WEMOE_DEBUG=1 to see where)\n"
+
+
+def test_tuning_rewrites_the_routers_alone_and_removes_results_of_the_old_ones(demo: Path, command: Command) -> None:
+    command(demo / "recipe.yaml", "--out", demo / "merged", "--no-tune", "--quiet")
+    command("evaluate", demo / "merged", "--quiet")
+    before = tree(demo / "merged")
+    assert command("tune", demo / "merged", "--seed", "7", "--quiet") == (0, "", "")
+    after = tree(demo / "merged")
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed == {"routers.safetensors", "manifest.json", "results.json", "report.html", "routing.svg"}
+    assert set(after) == set(before) - {"results.json", "report.html", "routing.svg"}
+    assert set(json.loads(after["manifest.json"])["files"]) == set(after) - {"manifest.json"}
+
+
+def test_the_seed_draws_the_routers(demo: Path, command: Command) -> None:
+    routers = []
+    for i, seed in enumerate((0, 0, 1)):
+        out = demo / f"out{i}"
+        command(demo / "recipe.yaml", "--out", out, "--no-tune", "--quiet", "--seed", seed)
+        routers.append((out / "routers.safetensors").read_bytes())
+    assert routers[0] == routers[1] != routers[2]
+
+
+def test_tasks_without_labels_are_tuned_on_and_not_scored(demo: Path, command: Command) -> None:
+    text = (demo / "tasks.yaml").read_text()
+    lines = [line for line in text.splitlines() if not ("score:" in line and "digits" in line)]
+    (demo / "tasks.yaml").write_text("\n".join(lines))
+    status, out, _ = command(demo / "recipe.yaml", "--out", demo / "merged")
+    assert status == 0
+    assert "not scored, since they have no score: digits" in out
+    assert list(json.loads((demo / "merged" / "results.json").read_text())["tasks"]) == ["shapes", "textures", "clocks"]
+
+
+def test_the_teacher_of_a_task_is_its_own_expert(demo: Path) -> None:
+    workbench = Workbench(load_recipe(demo / "recipe.yaml"))
+    images = workbench.scoring_images("clocks")
+    scores = {
+        name: accuracy(
+            predict(model, workbench.encode, workbench.head("clocks"), images.pixels, len(images)),
+            workbench.labels("clocks"),
+        )
+        for name, model in {"own": workbench.expert("clocks"), "other": workbench.expert("digits")}.items()
+    }
+    assert scores["own"] > 0.9 > 0.5 > scores["other"]
+    spec = TuningSpec(objective="distill")
+    (task,) = [_task(name, workbench, spec, print) for name in workbench.tasks if name == "clocks"]
+    assert task.teacher is not None
+    expected = workbench.head("clocks")(workbench.encode(workbench.expert("clocks"), task.inputs([0, 1])))
+    torch.testing.assert_close(task.teacher[:2], expected)
+
+
+def test_a_failure_after_the_merge_says_what_is_kept(demo: Path, command: Command) -> None:
+    last = sorted((demo / "data" / "digits" / "tune").iterdir())[-1]
+    last.write_bytes(b"not an image")
+    status, _, err = command(demo / "recipe.yaml", "--out", demo / "merged", "--quiet")
+    assert status == 2
+    assert "tasks.digits.tune: row 23 cannot be decoded" in err
+    assert f"(the merge is complete in {demo / 'merged'}; go on with wemoe-merge tune)" in err
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(demo: Path, command: Command, device: str) -> None:
+    before = tree(demo)
+    status, _, err = command(demo / "recipe.yaml", "--out", demo / "merged", "--device", device, "--quiet")
+    assert status == 2
+    assert err.startswith(f"error: --device {device}: cannot be used: ")
+    assert tree(demo) == before
+
+
+def test_a_recipe_that_found_its_models_from_the_current_folder_finds_them_again(
+    demo: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = demo.parent / "recipes"
+    recipes.mkdir()
+    for name in ("recipe.yaml", "tasks.yaml"):
+        (demo / name).rename(recipes / name)
+    monkeypatch.chdir(demo)
+    assert command(recipes / "recipe.yaml", "--out", demo / "merged", "--no-tune", "--quiet")[0] == 0
+    monkeypatch.chdir(recipes)
+    assert command("evaluate", demo / "merged", "--quiet") == (0, "", "")
+
+
+def test_the_demo_replaces_its_own_folder_only(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("recipe.yaml", "thesis.tex"):
+        (project / name).write_text("mine")
+    with pytest.raises(PlanError, match="this was not made by the demo"):
+        prepare_demo(project, force=True, tune_images=2, score_images=12)
+    assert {p.name for p in project.iterdir()} == {"recipe.yaml", "thesis.tex"}
+    own = tmp_path / "own"
+    prepare_demo(own, tune_images=2, score_images=12)
+    prepare_demo(own, force=True, tune_images=3, score_images=12)
+    assert len(list((own / "data" / "digits" / "tune").iterdir())) == 3
+    (own / "notes.txt").write_text("mine")
+    with pytest.raises(PlanError, match=r"this holds notes\.txt as well"):
+        prepare_demo(own, force=True, tune_images=2, score_images=12)
+
+
+def test_a_terminated_merge_leaves_nothing(demo: Path) -> None:
+    """SIGTERM in the middle of the writing, which a signal handler turns into an orderly end."""
+    code = (
+        "import os, signal, sys\n"
+        "from wemoe_plugin.checkpoints import ranges\n"
+        "from wemoe_plugin.cli import main\n"
+        "write = ranges.TensorFile.write\n"
+        "def killing(self, *args):\n"
+        "    write(self, *args)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "ranges.TensorFile.write = killing\n"
+        "main(sys.argv[1:])\n"
+    )
+    before = tree(demo)
+    args = [str(demo / "recipe.yaml"), "--out", str(demo / "merged"), "--no-tune"]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert "interrupted; nothing half-written is left" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert tree(demo) == before
 
 
 def test_help_imports_nothing_heavy() -> None:

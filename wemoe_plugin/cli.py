@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from wemoe_plugin.console import (
+    Say,
     check_printer,
     format_size,
     parse_size,
@@ -27,6 +30,7 @@ from wemoe_plugin.errors import WemoeError
 
 if TYPE_CHECKING:
     from wemoe_plugin.merging.plan import MergePlan
+    from wemoe_plugin.pipeline.workbench import Workbench
     from wemoe_plugin.recipe.loading import RecipeFile
     from wemoe_plugin.recipe.schema import TuningSpec
 
@@ -63,19 +67,28 @@ ShardOption = Annotated[str, typer.Option(help="Largest weights file to write, s
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command; exits with status 0 done, 2 the input is wrong, 1 anything else."""
+    """Run the command; exits with status 0 done, 2 the input is wrong, 1 anything else, 130 interrupted."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # so that what is half-written is removed
     try:
         app(args=list(args) if args is not None else None, prog_name="wemoe-merge")
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            typer.echo("interrupted; nothing half-written is left", err=True)
+        raise
     except WemoeError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        os._exit(1)  # whoever read our output is gone; flushing at exit would only raise again
     except Exception as error:
         if os.environ.get("WEMOE_DEBUG"):
             raise
         _fail(f"{type(error).__name__}: {error}\n(unexpected; set WEMOE_DEBUG=1 to see where)", 1)
+
+
+_INTERRUPTED = 130
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, status: int) -> None:
@@ -122,9 +135,10 @@ def merge_command(
     with timed(timings, "plan"):
         source, plan = _planned(recipe, shard_size)
         target = out if out is not None else Path("merged") / recipe.stem
+        from wemoe_plugin.checkpoints.manifest import doubt_output
         from wemoe_plugin.checkpoints.staging import check_output
 
-        check_output(target, force)
+        check_output(target, force, doubt_output)
     from wemoe_plugin.merging.plan_table import summary_lines
 
     for line in summary_lines(plan):
@@ -137,26 +151,17 @@ def merge_command(
     if tuning is not None:
         with timed(timings, "data"):
             workbench = Workbench(source, device)
-            scoring = all(task.score is not None for task in workbench.tasks.values())
-            workbench.check(scoring=scoring)
+            workbench.check(tuning=True, scoring=True)
     with timed(timings, "merge"), progress_bar(plan.bytes_read, quiet or json) as progress:
-        merge(source, plan, target, force=force, jobs=jobs, max_memory=limit, progress=progress)
+        merge(source, plan, target, force=force, jobs=jobs, max_memory=limit, seed=seed, progress=progress)
     sizes = f"{format_size(plan.bytes_read)} into {format_size(plan.bytes_written)}"
     say(f"merged {sizes} in {timings['merge']:.1f} s: {target}")
     result: dict[str, Any] = {"directory": str(target), "seconds": timings}
     if workbench is not None and tuning is not None:
-        from wemoe_plugin.pipeline.evaluate import evaluate_directory
-        from wemoe_plugin.pipeline.tune import tune_directory
-
-        with timed(timings, "tune"):
-            outcome = tune_directory(target, workbench, _reseeded(tuning, seed), say=say, on_check=check_printer(say))
-        tell_outcome(outcome, say)
-        result["tuning"] = {"best_step": outcome.best_step, "collapsed": list(outcome.collapsed)}
-        if scoring:
-            scores = evaluate_directory(target, workbench, say=say, seconds=timings)
-            result |= scores.to_json()
-            tell_scores(scores, say)
-            say(f"report: {target / 'report.html'}")
+        try:
+            result |= _tune_and_score(target, workbench, _reseeded(tuning, seed), timings, say)
+        except WemoeError as error:
+            raise type(error)(f"{error}\n(the merge is complete in {target}; go on with wemoe-merge tune)") from error
     if json:
         print_json(result)
 
@@ -172,10 +177,10 @@ def plan_command(
 ) -> None:
     """Show what a merge would do, from the files' headers alone: no tensor is read, nothing is written."""
     _, plan = _planned(recipe, shard_size)
-    from wemoe_plugin.merging.memory import peak_memory
+    from wemoe_plugin.merging.memory import available_processors, peak_memory
     from wemoe_plugin.merging.plan_table import plan_json, plan_lines
 
-    jobs = jobs or len(os.sched_getaffinity(0))
+    jobs = jobs or available_processors()
     peak = peak_memory(plan.operations, plan.dtype, jobs)
     if json:
         print_json(plan_json(plan, peak))
@@ -198,7 +203,7 @@ def tune_command(
     source = recipe_of(directory)
     spec = _reseeded(source.recipe.tuning or TuningSpec(), seed)
     workbench = Workbench(source, device)
-    workbench.check(scoring=False)
+    workbench.check(tuning=True, scoring=False)
     outcome = tune_directory(directory, workbench, spec, say=say, on_check=check_printer(say))
     tell_outcome(outcome, say)
 
@@ -213,7 +218,9 @@ def evaluate_command(
     from wemoe_plugin.pipeline.merge import recipe_of
     from wemoe_plugin.pipeline.workbench import Workbench
 
-    scores = evaluate_directory(directory, Workbench(recipe_of(directory), device), say=say)
+    workbench = Workbench(recipe_of(directory), device)
+    workbench.check(tuning=False, scoring=True)
+    scores = evaluate_directory(directory, workbench, say=say)
     tell_scores(scores, say)
     say(f"report: {directory / 'report.html'}")
     if json:
@@ -237,6 +244,27 @@ def demo_command(
     merge_command(recipe, out=out / "merged", force=force, device=device, quiet=quiet)
     say(f"\nEverything is in {out}/: recipe.yaml, data/, models/, merged/")
     say(f'Load it: from wemoe_plugin import load_model; model = load_model("{out / "merged"}")')
+
+
+def _tune_and_score(
+    directory: Path, workbench: Workbench, spec: TuningSpec, timings: dict[str, float], say: Say
+) -> dict[str, Any]:
+    from wemoe_plugin.pipeline.evaluate import evaluate_directory
+    from wemoe_plugin.pipeline.tune import tune_directory
+
+    with timed(timings, "tune"):
+        outcome = tune_directory(directory, workbench, spec, say=say, on_check=check_printer(say))
+    tell_outcome(outcome, say)
+    result: dict[str, Any] = {"tuning": {"best_step": outcome.best_step, "collapsed": list(outcome.collapsed)}}
+    without = [name for name in workbench.tasks if name not in workbench.scored_tasks]
+    if without:
+        say(f"not scored, since they have no score: {', '.join(without)}")
+    if workbench.scored_tasks:
+        scores = evaluate_directory(directory, workbench, say=say, seconds=timings)
+        result |= scores.to_json()
+        tell_scores(scores, say)
+        say(f"report: {directory / 'report.html'}")
+    return result
 
 
 def _reseeded(spec: TuningSpec, seed: int | None) -> TuningSpec:

@@ -133,6 +133,7 @@ def test_ranges_written_in_any_order_make_a_whole_file(tmp_path: Path) -> None:
     file.write("b", 0, torch.tensor([1.0, 2.0]))
     for start in (6, 0, 9, 3):
         file.write("w", start, torch.arange(start, start + 3, dtype=torch.float64))
+    file.sync()
     file.close()
     loaded = load_file(path)
     assert torch.equal(loaded["w"], torch.arange(12.0).view(4, 3))

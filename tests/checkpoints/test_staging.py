@@ -1,4 +1,4 @@
-"""An output appears whole or not at all."""
+"""An output appears whole or not at all, and nothing that is not an earlier output is ever replaced."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from pathlib import Path
 import pytest
 from snapshots import tree
 
+from wemoe_plugin.checkpoints.manifest import doubt_output, write_manifest
 from wemoe_plugin.checkpoints.staging import staged_directory, write_atomically
 from wemoe_plugin.errors import PlanError
 
 
+def write(out: Path, content: str, force: bool = False) -> None:
+    with staged_directory(out, force, doubt_output) as work:
+        (work / "a").write_text(content)
+        write_manifest(work, {})
+
+
 def test_appears_when_it_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "er" / "out"
-    with staged_directory(out) as work:
+    with staged_directory(out, False, doubt_output) as work:
         (work / "a").write_text("1")
         assert not out.exists()
         assert work.parent == out.parent
@@ -22,7 +29,7 @@ def test_appears_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with staged_directory(tmp_path / "deep" / "out") as work:
+        with staged_directory(tmp_path / "deep" / "out", False, doubt_output) as work:
             (work / "a").write_text("1")
             raise KeyboardInterrupt
 
@@ -33,36 +40,78 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 def test_an_earlier_output_is_replaced_only_with_force_and_only_by_a_whole_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with staged_directory(out) as work:
-        (work / "manifest.json").write_text("old")
-    with pytest.raises(PlanError, match="exists; replace it with --force"), staged_directory(out):
-        pass
-    with pytest.raises(ZeroDivisionError), staged_directory(out, force=True):
+    write(out, "old")
+    before = tree(tmp_path)
+    with pytest.raises(PlanError, match="exists; replace it with --force"):
+        write(out, "new")
+    with pytest.raises(ZeroDivisionError), staged_directory(out, True, doubt_output):
         raise ZeroDivisionError
-    assert tree(tmp_path) == {"out": b"", "out/manifest.json": b"old"}
-    with staged_directory(out, force=True) as work:
-        (work / "new").write_text("new")
-    assert tree(tmp_path) == {"out": b"", "out/new": b"new"}
+    assert tree(tmp_path) == before
+    write(out, "new", force=True)
+    assert (out / "a").read_text() == "new"
+    assert set(tree(tmp_path)) == set(before)
 
 
-def test_force_never_deletes_what_is_not_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["thesis.tex"], r"this has no manifest\.json of ours"),
+        (["manifest.json", "app.js"], r"this has no manifest\.json of ours"),
+    ],
+)
+def test_force_never_deletes_what_is_not_ours(tmp_path: Path, names: list[str], reason: str) -> None:
     out = tmp_path / "home"
     out.mkdir()
-    (out / "thesis.tex").write_text("x")
-    with pytest.raises(PlanError, match=r"this has no manifest\.json"), staged_directory(out, force=True):
-        pass
-    file = tmp_path / "file"
-    file.write_text("x")
-    with pytest.raises(PlanError, match="is not a directory"), staged_directory(file, force=True):
-        pass
-    assert (out / "thesis.tex").read_text() == file.read_text() == "x"
+    for name in names:
+        (out / name).write_text('{"name": "app"}')
+    before = tree(tmp_path)
+    with pytest.raises(PlanError, match=reason):
+        write(out, "new", force=True)
+    assert tree(tmp_path) == before
 
 
-def test_an_empty_directory_is_no_obstacle(tmp_path: Path) -> None:
+def test_force_never_deletes_what_was_put_beside_an_output(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "old")
+    (out / "notes.txt").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(PlanError, match=r"this holds notes\.txt as well"):
+        write(out, "new", force=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PlanError, match="is not a directory"):
+        write(tmp_path / "file", "new", force=True)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_what_appears_during_the_work_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def race() -> None:
+        with staged_directory(out, False, doubt_output) as work:
+            (work / "a").write_text("1")
+            out.mkdir()
+            (out / "precious").write_text("x")
+
+    with pytest.raises(PlanError, match="exists"):
+        race()
+    assert tree(tmp_path) == {"out": b"", "out/precious": b"x"}
+
+
+def test_an_empty_directory_is_no_obstacle_but_the_current_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "out").mkdir()
-    with staged_directory(tmp_path / "out") as work:
-        (work / "a").write_text("1")
-    assert tree(tmp_path) == {"out": b"", "out/a": b"1"}
+    write(tmp_path / "out", "1")
+    assert (tmp_path / "out" / "a").read_text() == "1"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(PlanError, match="is the folder you are in"):
+        write(Path(), "1")
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

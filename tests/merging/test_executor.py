@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from models import open_clip_family, save_open_clip, save_state, transformers_fa
 from safetensors.torch import load_file
 
 from wemoe_plugin.errors import CheckpointError, PlanError
+from wemoe_plugin.merging import executor
 from wemoe_plugin.merging.executor import execute_plan
-from wemoe_plugin.merging.memory import peak_memory
+from wemoe_plugin.merging.memory import operation_memory, peak_memory
+from wemoe_plugin.merging.operations import Upscale
 from wemoe_plugin.merging.plan import MergePlan, plan_merge
 from wemoe_plugin.recipe.loading import load_recipe
+from wemoe_plugin.task_vectors.low_rank import truncated_svd
 
 HEAD = "base_model: base\nmodels: [{model: e0}, {model: e1, parameters: {weight: 0.5}}]\n"
 
@@ -148,16 +152,74 @@ def test_large_finite_values_are_not_taken_for_infinite(tmp_path: Path) -> None:
     assert torch.equal(merged["visual.proj"], torch.full((32, 16), 3e38))
 
 
-def test_too_little_memory_for_one_tensor_is_refused_before_work(tmp_path: Path) -> None:
+def test_a_limit_on_memory_makes_ranges_smaller_and_changes_no_byte(tmp_path: Path) -> None:
     open_clip_family(tmp_path)
     plan = planned(tmp_path, "merge_method: task_arithmetic\n")
-    with pytest.raises(PlanError, match="--max-memory allows 1,000"):
+    executed(plan, tmp_path / "free")
+    executed(plan, tmp_path / "tight", max_memory=1000, jobs=3)
+    assert digest(tmp_path / "free") == digest(tmp_path / "tight")
+
+
+LOW_RANK = (
+    "merge_method: task_arithmetic\nrules: [{match: visual.**.mlp, merge_method: wemoe, parameters: "
+    "{task_vectors: {form: low_rank, rank: 2}}}]\n"
+)
+
+
+def test_a_tensor_that_must_be_whole_and_does_not_fit_is_refused_before_work(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    plan = planned(tmp_path, LOW_RANK)
+    with pytest.raises(PlanError, match=r"c_fc\.weight' needs .* --max-memory allows 1,000"):
         executed(plan, tmp_path / "out", max_memory=1000)
     assert list((tmp_path / "out").iterdir()) == []
-    enough = peak_memory(plan.operations, plan.dtype, jobs=1)
-    assert (
-        executed(plan, tmp_path / "out2", max_memory=enough, jobs=4).keys() == executed(plan, tmp_path / "out3").keys()
-    )
+
+
+def test_work_waits_until_its_memory_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one decomposition, no two run at the same time."""
+    open_clip_family(tmp_path)
+    plan = planned(tmp_path, LOW_RANK)
+    running: list[int] = []
+    most = 0
+
+    def watched(vector: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal most
+        running.append(1)
+        most = max(most, len(running))
+        time.sleep(0.01)
+        result = truncated_svd(vector, rank)
+        running.pop()
+        return result
+
+    monkeypatch.setattr(executor, "truncated_svd", watched)
+    largest = peak_memory(plan.operations, plan.dtype, jobs=1)
+    executed(plan, tmp_path / "one", max_memory=largest, jobs=4)
+    assert most == 1
+    executed(plan, tmp_path / "many", jobs=4)
+    assert most > 1
+
+
+def test_the_predicted_memory_covers_a_decomposition(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    plan = planned(tmp_path, LOW_RANK)
+    upscale = next(o for o in plan.operations if isinstance(o, Upscale) and o.rank)
+    rows, columns = upscale.output.shape
+    in_float64 = 8 * (rows * columns + min(rows, columns) ** 2)
+    assert operation_memory(upscale, rows * columns, "F32") > in_float64 + 4 * rows * columns
+
+
+@pytest.mark.parametrize("value", [1e5, -1e5])
+def test_values_too_large_for_the_output_are_refused(tmp_path: Path, value: float) -> None:
+    models = open_clip_family(tmp_path, 2)
+    for name in ("base", "e0", "e1"):
+        state = {n: t.clone() for n, t in models[0].state_dict().items()}
+        state["visual.proj"].fill_(value)
+        save_state(state, tmp_path / name / "open_clip_model.safetensors")
+    plan = planned(tmp_path, "merge_method: task_arithmetic\nout_dtype: float16\n")
+    with pytest.raises(PlanError, match=r"'visual.proj' is too large for F16; use out_dtype: bfloat16 or float32"):
+        executed(plan, tmp_path / "out")
+    plan = planned(tmp_path, "merge_method: task_arithmetic\ndtype: float16\nout_dtype: float32\n")
+    with pytest.raises(CheckpointError, match=r"'visual.proj' does not fit the recipe's dtype"):
+        executed(plan, tmp_path / "out2")
 
 
 def test_progress_adds_up_to_the_bytes_read(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from models import open_clip_family, save_open_clip, save_state, transformers_family
 
-from wemoe_plugin.errors import PlanError
+from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.names import relative_depths
 from wemoe_plugin.merging.operations import Combine, Copy, Upscale
 from wemoe_plugin.merging.plan import MergePlan, plan_merge
@@ -38,16 +41,29 @@ def operation(plan: MergePlan, name: str) -> Copy | Combine | Upscale:
     return next(o for o in plan.operations if o.output.name == name)
 
 
-def test_no_tensor_is_read(tmp_path: Path) -> None:
-    """The data of every file may be gone: a hole of the right size is enough to plan."""
+def test_no_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weights file is read exactly to the end of its header."""
     open_clip_family(tmp_path)
-    for path in tmp_path.glob("*/*.safetensors"):
-        size = path.stat().st_size
-        header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-        with path.open("r+b") as file:
-            file.truncate(header)
-            file.truncate(size)
+    headers = {path: 8 + int.from_bytes(path.read_bytes()[:8], "little") for path in tmp_path.glob("*/*.safetensors")}
+    ends: dict[Path, int] = {}
+    opened = Path.open
+
+    class Noting(io.BufferedReader):
+        def close(self) -> None:
+            if not self.closed:
+                ends[Path(str(self.name))] = self.tell()
+            super().close()
+
+    def noting(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if path.suffix == ".safetensors":
+            return Noting(io.FileIO(path))
+        return opened(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", noting)
+    for name in ("preadv", "pread", "read"):
+        monkeypatch.setattr(f"os.{name}", None)
     assert planned(tmp_path, "rules: [{match: mlp, merge_method: wemoe}]").bytes_read > 0
+    assert ends == headers
 
 
 def test_the_first_rule_wins_and_the_default_takes_the_rest(tmp_path: Path) -> None:
@@ -226,8 +242,8 @@ def test_another_model_altogether_is_refused(tmp_path: Path) -> None:
         ),
         (
             "{match: visual.transformer.resblocks.0.attn, merge_method: wemoe}",
-            "recipe.yaml:5: rules[0]: visual.transformer.resblocks.0.attn.in_proj_weight is the fused weight of "
-            "nn.MultiheadAttention, which has no Linear layers to route; leave it to a static method",
+            "recipe.yaml:5: rules[0]: visual.transformer.resblocks.0.attn.in_proj_weight belongs to an "
+            "nn.MultiheadAttention, which fuses its weights and calls no Linear layer; leave it to a static method",
         ),
         (
             "{match: [visual.**.mlp, transformer.**.mlp], merge_method: wemoe, parameters: {router: {shared: true}}}",
@@ -238,6 +254,87 @@ def test_another_model_altogether_is_refused(tmp_path: Path) -> None:
 def test_a_rule_that_does_not_fit_is_refused(tmp_path: Path, rule: str, message: str) -> None:
     open_clip_family(tmp_path)
     assert refusal(tmp_path, f"rules: [{rule}]").startswith(message)
+
+
+SHARED = "{match: visual.**.mlp, merge_method: wemoe, parameters: {router: {shared: true}}}"
+
+
+@pytest.mark.parametrize(
+    ("head", "rules", "message"),
+    [
+        (
+            HEAD.replace("lambda: 0.3", "lambda: [0.1, 0.9]"),
+            SHARED,
+            "one shared router starts at one λ for all its modules",
+        ),
+        (
+            HEAD.replace("weight: 0.5", "weight: [{filter: c_proj, value: 0.0}, {value: 1.0}]"),
+            "{match: visual.**.mlp, merge_method: wemoe}",
+            "a module has one λ per expert",
+        ),
+        (
+            HEAD,
+            "{match: visual.**.c_fc, merge_method: wemoe}, {match: visual.**.mlp, merge_method: wemoe}",
+            "visual.transformer.resblocks.0.mlp.c_fc lies inside another upscaled module",
+        ),
+        (HEAD, "{match: visual.**.attn.out_proj, merge_method: wemoe}", "belongs to an nn.MultiheadAttention"),
+        (HEAD, "{match: logit_scale, merge_method: wemoe}", "logit_scale is not the weight of a Linear layer"),
+        (HEAD, "{match: visual.proj, merge_method: wemoe}", "visual.proj is not the weight of a Linear layer"),
+        (
+            "base_model: base\nmodels: [{model: base}]\nmerge_method: task_arithmetic\n",
+            "{match: visual.**.mlp, merge_method: wemoe}",
+            "every model is the base; wemoe needs an expert",
+        ),
+    ],
+)
+def test_mixtures_that_could_not_work_are_refused(tmp_path: Path, head: str, rules: str, message: str) -> None:
+    open_clip_family(tmp_path)
+    assert message in refusal(tmp_path, f"rules: [{rules}]", head)
+
+
+def test_the_routers_width_is_that_of_the_whole_module(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    rules = "{match: visual.**.c_fc, merge_method: base}, {match: visual.**.mlp, merge_method: wemoe}"
+    assert {module.router.width for module in planned(tmp_path, f"rules: [{rules}]").modules} == {32}
+
+
+def test_normalize_counts_for_mixtures_too(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    head = HEAD.replace("lambda: 0.3", "lambda: 0.3, normalize: true")
+    plan = planned(tmp_path, "rules: [{match: visual.**.mlp, merge_method: wemoe}]", head)
+    assert plan.modules[0].lambdas == pytest.approx((0.3 / 1.5, 0.15 / 1.5))
+
+
+def test_linear_without_a_base_merges_all_its_models(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    plan = planned(tmp_path, head="models: [{model: base}, {model: e0}]\nmerge_method: linear\n")
+    assert [expert.name for expert in plan.experts] == ["base", "e0"]
+    proj = operation(plan, "visual.proj")
+    assert isinstance(proj, Combine)
+    assert len(proj.mixture.inputs) == 2
+
+
+def test_another_activation_of_a_transformers_tower_is_refused(tmp_path: Path) -> None:
+    transformers_family(tmp_path)
+    config = json.loads((tmp_path / "e0" / "config.json").read_text())
+    (tmp_path / "e0" / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    assert refusal(tmp_path) == (
+        "e0 (e0): its activation of vision_config is relu, the base's quick_gelu; merged weights would fit neither"
+    )
+
+
+def test_a_model_without_tensors_is_refused(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    save_state({}, tmp_path / "e0" / "open_clip_model.safetensors")
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        planned(tmp_path)
+
+
+def test_keywords_that_find_nothing_say_why(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    for name in ("base", "e0", "e1"):
+        save_state({"x.weight": torch.zeros(2, 2)}, tmp_path / name / "open_clip_model.safetensors")
+    assert "its layers have none of the known names" in refusal(tmp_path, "rules: [{match: mlp, merge_method: wemoe}]")
 
 
 def test_weights_that_cancel_cannot_be_normalized(tmp_path: Path) -> None:

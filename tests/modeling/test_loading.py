@@ -8,12 +8,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from models import open_clip_family, transformers_family
+from models import open_clip_family, save_state, transformers_family
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from wemoe_plugin.errors import CheckpointError
+from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.plan import plan_merge
 from wemoe_plugin.modeling.attach import attach
 from wemoe_plugin.modeling.loading import load_model
@@ -230,9 +230,37 @@ def test_attaching_to_another_model_is_refused(tmp_path: Path) -> None:
         attach(nn.Linear(2, 2), out)
 
 
-def test_router_weights_are_the_only_thing_tuning_rewrites(tmp_path: Path) -> None:
+def test_routers_are_stored_under_the_paths_of_their_modules(tmp_path: Path) -> None:
     open_clip_family(tmp_path)
     out = merged(tmp_path, DENSE)
-    routers = load_file(out / "routers.safetensors")
-    names = {key.partition(":")[0] for key in routers}
+    names = {key.partition(":")[0] for key in load_file(out / "routers.safetensors")}
     assert names == {path for path, _ in wemoe_modules(load_model(out))}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_loading_in_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    open_clip_family(tmp_path)
+    out = merged(tmp_path, DENSE)
+    result = load_model(out, dtype=dtype).encode_image(images().to(dtype))
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), load_model(out).encode_image(images()), rtol=0.1, atol=0.1)
+
+
+def test_layers_that_are_not_linear_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """GPT-2's MLPs have the names and shapes of Linear layers, but are Conv1D."""
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=8, bos_token_id=0, eos_token_id=0)
+    for name in ("base", "e0", "e1"):
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+    with pytest.raises(PlanError, match=r"h\.0\.mlp\.c_fc is a Conv1D, not a Linear layer of its own"):
+        merged(tmp_path, DENSE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_lacks_weights_is_refused_not_filled_at_random(tmp_path: Path) -> None:
+    transformers_family(tmp_path)
+    path = tmp_path / "base" / "model.safetensors"
+    state = load_file(path)
+    del state["visual_projection.weight"]
+    save_state(state, path)
+    with pytest.raises(CheckpointError, match=r"has no fitting 'visual_projection\.weight', which a CLIPModel needs"):
+        load_model(merged(tmp_path, DENSE))

@@ -235,6 +235,12 @@ def test_any_number_of_axes_between_batch_and_width(shape: tuple[int, ...], rank
     torch.testing.assert_close(module(x).reshape(flat.shape), module(flat), rtol=0, atol=1e-6)
 
 
+@forms
+def test_an_empty_batch_gives_an_empty_result(rank: int | None) -> None:
+    base, own = family(2)
+    assert upscaled(base, own, rank=rank)(batch()[:0]).shape == (0, TOKENS, WIDTH)
+
+
 def test_a_module_that_mixes_batch_and_tokens_is_refused() -> None:
     base, own = family(2)
     module = upscaled(base, own)

@@ -100,6 +100,7 @@ def test_collapse_is_noticed_and_undone() -> None:
         model, [model.bias], lambda m, x: m(x), tasks, **{**OPTIONS, "objective": "entropy", "learning_rate": 0.3}
     )
     assert outcome.collapsed
+    assert outcome.checks[-1].step < OPTIONS["steps"]
     assert outcome.checks[-1].held_out < outcome.checks[0].held_out
     assert outcome.best_step == 0
     assert torch.equal(model.bias, torch.tensor([0.05, 0.0, 0.0, 0.0]))
@@ -130,5 +131,7 @@ def test_unusable_settings_are_refused() -> None:
         run(model, [TuningTask("t", 1, tasks[0].inputs, tasks[0].head, tasks[0].teacher)])
     with pytest.raises(TuningError, match="distill needs the predictions"):
         run(model, [TuningTask("t", 40, tasks[0].inputs, tasks[0].head)])
-    with pytest.raises(TuningError, match="not finite at step"):
+    with pytest.raises(TuningError, match="not finite before any step"):
         run(model, [TuningTask("t", 40, tasks[0].inputs, lambda f: f * float("nan"), tasks[0].teacher)])
+    with pytest.raises(TuningError, match="not finite at step"):
+        run(model, tasks, learning_rate=3e37)

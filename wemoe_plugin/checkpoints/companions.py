@@ -9,7 +9,10 @@ from pathlib import Path
 from wemoe_plugin.checkpoints.checkpoint import TRANSFORMERS_CONFIG
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-_OURS = ("README.md", "manifest.json", "wemoe_config.json", "recipe.yaml", "tasks.yaml", "results.json", "report.html")
+_OURS = (
+    *("README.md", "manifest.json", "wemoe_config.json", "recipe.yaml", "tasks.yaml"),
+    *("results.json", "report.html", "routing.svg"),
+)
 
 _TORCH_NAME = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

@@ -14,6 +14,7 @@ from wemoe_plugin.checkpoints.staging import write_atomically
 from wemoe_plugin.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
+_WRITER = "wemoe-plugin"
 _PACKAGES = ("wemoe-plugin", "torch", "safetensors", "transformers", "open_clip_torch")
 
 
@@ -34,15 +35,16 @@ def write_manifest(directory: Path, about: dict[str, Any]) -> None:
         about: what else to say, such as where the recipe stood.
     """
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_NAME)
-    content = {**about, "packages": _versions(), "files": _describe(files)}
+    content = {"written_by": _WRITER, **about, "packages": _versions(), "files": _describe(files)}
     write_atomically(directory / MANIFEST_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def refresh_manifest(directory: Path, names: Iterable[str]) -> None:
-    """Describe some files anew after they were replaced or added."""
+    """Describe some files anew after they were replaced or added, and forget those that are gone."""
     content = read_manifest(directory)
-    content["files"] |= _describe([directory / name for name in names])
-    content["files"] = dict(sorted(content["files"].items()))
+    present = {name for name in content["files"] if (directory / name).is_file()}
+    kept = {name: entry for name, entry in content["files"].items() if name in present}
+    content["files"] = dict(sorted((kept | _describe([directory / name for name in names])).items()))
     write_atomically(directory / MANIFEST_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -62,6 +64,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise CheckpointError(f"{path}: does not describe files")
     return content
+
+
+def doubt_output(directory: Path) -> str | None:
+    """Why a directory is not, or not only, an output of ours; None if it is."""
+    try:
+        content = read_manifest(directory)
+    except CheckpointError:
+        return f"this has no {MANIFEST_NAME} of ours"
+    if content.get("written_by") != _WRITER:
+        return f"its {MANIFEST_NAME} is not ours"
+    others = sorted({path.name for path in directory.iterdir()} - set(content["files"]) - {MANIFEST_NAME})
+    return f"this holds {others[0]} as well" if others else None
 
 
 def _describe(files: list[Path]) -> dict[str, dict[str, Any]]:

@@ -102,7 +102,7 @@ class TensorFile:
             end += torch.Size(shape).numel() * ITEM_BYTES[dtype]
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            os.posix_fallocate(self._descriptor, 0, end)
+            _allocate(self._descriptor, end)
             _write_all(self._descriptor, memoryview(header), 0)
         except BaseException:
             os.close(self._descriptor)
@@ -114,12 +114,20 @@ class TensorFile:
         data = values.detach().to("cpu", TORCH_DTYPE[dtype]).contiguous()
         _write_all(self._descriptor, _bytes_of(data), self._offsets[name] + start * ITEM_BYTES[dtype])
 
+    def sync(self) -> None:
+        """Bring the data to the disk."""
+        os.fsync(self._descriptor)
+
     def close(self) -> None:
-        """Bring the data to the disk and release the file."""
-        try:
-            os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
+        """Release the file."""
+        os.close(self._descriptor)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:  # macOS: the file gets its length, its blocks come as they are written
+        os.ftruncate(descriptor, size)
 
 
 def _write_all(descriptor: int, view: memoryview, position: int) -> None:

@@ -3,53 +3,61 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from wemoe_plugin.errors import PlanError
 
+Doubt = Callable[[Path], str | None]
+"""Says why a directory is not an earlier output of ours, or None if it is one."""
 
-def check_output(path: Path, force: bool, marker: str = "manifest.json") -> None:
+
+def check_output(path: Path, force: bool, doubt: Doubt) -> None:
     """Refuse an output that is in the way.
 
     Args:
         path: where the output shall appear.
         force: whether an earlier output may be replaced.
-        marker: the file that shows a directory to be an earlier output.
+        doubt: looks at what is there.
 
     Raises:
-        PlanError: something is there already and ``force`` is not given, or it is not an earlier output.
+        PlanError: something is there and ``force`` is not given, or it is not an earlier output of ours.
     """
     if not os.path.lexists(path):
         return
     if not path.is_dir() or path.is_symlink():
         raise PlanError(f"{path}: exists and is not a directory; choose another --out")
-    if not force and any(path.iterdir()):
+    if path.resolve() == Path.cwd():
+        raise PlanError(f"{path}: is the folder you are in; choose one below it with --out")
+    if not any(path.iterdir()):
+        return
+    if not force:
         raise PlanError(f"{path}: exists; replace it with --force or choose another --out")
-    if any(path.iterdir()) and not (path / marker).is_file():
-        raise PlanError(f"{path}: --force replaces earlier outputs only, and this has no {marker}")
+    if reason := doubt(path):
+        raise PlanError(f"{path}: --force replaces earlier outputs only, and {reason}")
 
 
 @contextmanager
-def staged_directory(path: Path, force: bool = False, marker: str = "manifest.json") -> Iterator[Path]:
+def staged_directory(path: Path, force: bool, doubt: Doubt) -> Iterator[Path]:
     """A new sibling directory to fill; it is renamed to ``path`` on success and removed on any failure.
 
     Raises:
         PlanError: see `check_output`; or the parent cannot be written to.
     """
-    check_output(path, force, marker)
-    missing = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+    check_output(path, force, doubt)
+    missing = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
+    work = _sibling(path, "partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    except OSError as error:
-        raise PlanError(f"{path}: cannot be created: {error.strerror}") from None
-    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            work.mkdir()
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be created: {error.strerror}") from None
         yield work
-        work.chmod(0o777 & ~_umask())
+        check_output(path, force, doubt)
         _swap(work, path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -62,36 +70,35 @@ def staged_directory(path: Path, force: bool = False, marker: str = "manifest.js
 
 
 def _swap(work: Path, path: Path) -> None:
-    if not os.path.lexists(path):
-        work.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    path.rename(old / path.name)
+    """Rename ``work`` to ``path``; what `check_output` allowed to be there moves aside first and back on a failure."""
+    old = _sibling(path, "old")
     try:
-        work.rename(path)
-    except OSError:
-        (old / path.name).rename(path)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        try:
+            work.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be put in place: {error.strerror}") from None
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
+def _sibling(path: Path, kind: str) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}.{kind}"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace one file by new content in one step."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    work = _sibling(path, "partial")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with work.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
+        work.replace(path)
     except BaseException:
-        Path(name).unlink()
+        work.unlink(missing_ok=True)
         raise

@@ -41,6 +41,8 @@ tasks: tasks.yaml
 # Tune the routers without labels: follow each task's own expert.
 tuning: {{objective: distill, steps: {steps}, learning_rate: {rate}, batch_size: 16, seed: {seed}}}
 """
+_MARKER = ".wemoe-demo"
+_CONTENTS = {_MARKER, "recipe.yaml", "tasks.yaml", "models", "data", "merged"}
 STEPS, LEARNING_RATE = 300, 1e-2
 
 
@@ -72,7 +74,8 @@ def prepare_demo(
         PlanError: the directory is in the way.
     """
     say(f"drawing {len(TASKS) * (tune_images + score_images):,} images of {', '.join(task.name for task in TASKS)}")
-    with staged_directory(directory, force, marker="recipe.yaml") as work:
+    with staged_directory(directory, force, _doubt) as work:
+        (work / _MARKER).write_text("Made by wemoe-merge demo; demo --force replaces this folder.\n", encoding="utf-8")
         with as_file(files("wemoe_plugin.demo") / "checkpoints") as checkpoints:
             for source in sorted(path for path in checkpoints.iterdir() if path.is_dir()):
                 shutil.copytree(source, work / "models" / source.name)
@@ -82,6 +85,14 @@ def prepare_demo(
         recipe = RECIPE.format(steps=steps, rate=LEARNING_RATE, seed=seed)
         (work / "recipe.yaml").write_text(recipe, encoding="utf-8")
     return directory / "recipe.yaml"
+
+
+def _doubt(directory: Path) -> str | None:
+    """Why a folder is not, or not only, an earlier demo."""
+    if not (directory / _MARKER).is_file():
+        return "this was not made by the demo"
+    others = sorted({path.name for path in directory.iterdir()} - _CONTENTS)
+    return f"this holds {others[0]} as well" if others else None
 
 
 def _write_images(directory: Path, task: DrawnTask, seed: int, tune_images: int, score_images: int) -> None:

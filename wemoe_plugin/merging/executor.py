@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -17,8 +16,8 @@ from wemoe_plugin.checkpoints.header import StoredTensor
 from wemoe_plugin.checkpoints.ranges import TORCH_DTYPE, RangeReader, TensorFile
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.elementwise import mix, task_vectors
-from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, operation_memory
-from wemoe_plugin.merging.operations import Combine, Copy, Operation, Upscale
+from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, available_processors, fitting_chunk, operation_memory
+from wemoe_plugin.merging.operations import Combine, Copy, Operation, OutputTensor, Upscale
 from wemoe_plugin.merging.plan import MergePlan
 from wemoe_plugin.task_vectors.low_rank import truncated_svd
 
@@ -58,7 +57,9 @@ def execute_plan(
         CheckpointError: an input holds NaN or infinity, integer buffers differ, or a file was changed meanwhile.
         PlanError: the disk is full, or one tensor needs more than ``max_memory``.
     """
-    jobs = jobs or len(os.sched_getaffinity(0))
+    jobs = jobs or available_processors()
+    if max_memory is not None:
+        chunk_elements = fitting_chunk(plan.operations, plan.dtype, chunk_elements, max_memory)
     sources = [source for operation in plan.operations for source in operation.sources]
     work = list(_ranges(plan, chunk_elements))
     needs = [operation_memory(item.operation, item.count, plan.dtype) for item in work]
@@ -93,19 +94,18 @@ def _ranges(plan: MergePlan, chunk_elements: int) -> Iterator[_Range]:
 @contextmanager
 def _allocated(plan: MergePlan, directory: Path) -> Iterator[dict[str, TensorFile]]:
     """Every output file with its space, by the name of the tensors in it; brought to disk at the end."""
-    files: list[TensorFile] = []
     places: dict[str, TensorFile] = {}
-    try:
-        for planned in plan.files:
-            file = TensorFile(directory / planned.name, ((t.name, t.dtype, t.shape) for t in planned.tensors))
-            files.append(file)
-            places |= {tensor.name: file for tensor in planned.tensors}
-        yield places
-    except OSError as error:
-        raise PlanError(f"{directory.parent}: cannot write the output: {error.strerror or error}") from error
-    finally:
-        for file in files:
-            file.close()
+    with ExitStack() as opened:
+        try:
+            for planned in plan.files:
+                file = TensorFile(directory / planned.name, ((t.name, t.dtype, t.shape) for t in planned.tensors))
+                opened.callback(file.close)
+                places |= {tensor.name: file for tensor in planned.tensors}
+            yield places
+            for file in dict.fromkeys(places.values()):
+                file.sync()
+        except OSError as error:
+            raise PlanError(f"{directory.parent}: cannot write the output: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -202,7 +202,7 @@ class _Worker:
             for k, source in enumerate(mixture.inputs):
                 values = self._read(source, item)
                 (vector,) = task_vectors(base, [values])
-                self.files[target.name].write(target.name, k * size + item.start, vector)
+                self._store(target, k * size + item.start, vector)
                 yield values
 
         self._write(operation, item, mix(mixture, base, inputs()))
@@ -217,26 +217,38 @@ class _Worker:
                 values = self._read(source, item)
                 (vector,) = task_vectors(base, [values])
                 a, b = truncated_svd(vector.view(operation.output.shape), rank)
-                self.files[down.name].write(down.name, k * a.numel(), a.reshape(-1))
-                self.files[up.name].write(up.name, k * b.numel(), b.reshape(-1))
+                self._store(down, k * a.numel(), a.reshape(-1))
+                self._store(up, k * b.numel(), b.reshape(-1))
                 yield values
 
         self._write(operation, item, mix(mixture, base, inputs()))
 
     def _read(self, source: StoredTensor, item: _Range) -> Tensor:
-        values = self.reader.read(source, item.start, item.count).to(self.dtype)
-        _check_finite(values, source)
+        stored = self.reader.read(source, item.start, item.count)
+        values = stored.to(self.dtype)
+        if not _is_finite(values):
+            _check_finite(stored, source)
+            raise CheckpointError(f"{source.file}: {source.name!r} does not fit the recipe's dtype; use dtype: float32")
         return values
 
     def _write(self, operation: Operation, item: _Range, values: Tensor) -> None:
-        name = operation.output.name
-        self.files[name].write(name, item.start, values)
+        self._store(operation.output, item.start, values)
+
+    def _store(self, output: OutputTensor, start: int, values: Tensor) -> None:
+        rounded = values.to(TORCH_DTYPE[output.dtype])
+        if not _is_finite(rounded):
+            raise PlanError(f"{output.name!r} is too large for {output.dtype}; use out_dtype: bfloat16 or float32")
+        self.files[output.name].write(output.name, start, rounded)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """A finite sum shows finite values in one pass; only a suspicious one is looked at again."""
+    if not values.is_floating_point() or torch.isfinite(values.sum(dtype=torch.float64)):
+        return True
+    return bool(torch.isfinite(values).all())
 
 
 def _check_finite(values: Tensor, source: StoredTensor) -> None:
-    """A finite sum shows finite values in one pass; only a suspicious one is looked at again."""
-    if not values.is_floating_point() or torch.isfinite(values.sum(dtype=torch.float64)):
-        return
-    if not torch.isfinite(values).all():
+    if not _is_finite(values):
         what = "NaN" if torch.isnan(values).any() else "infinity"
         raise CheckpointError(f"{source.file}: {source.name!r} holds {what}")

@@ -42,6 +42,9 @@ def open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
     if problems:
         raise CheckpointError("\n".join(problems))
     models = tuple(expert for expert in experts if expert is not None)
+    for model in (*models, *([base] if base is not None else [])):
+        if not model.checkpoint.tensors:
+            raise CheckpointError(f"{model.checkpoint.path}: holds no tensors")
     if base is None:
         base = models[0]
     if base.checkpoint.library is None:
@@ -74,16 +77,41 @@ def _misfits(base: Model, experts: tuple[Model, ...]) -> Iterable[str]:
                 yield f"{where}: {name!r} has shape {shapes}"
             elif (tensors[name].dtype in FLOATS) != (reference[name].dtype in FLOATS):
                 yield f"{where}: {name!r} is {tensors[name].dtype}, in the base {reference[name].dtype}"
-        mine, theirs = _activation(expert.checkpoint), _activation(base.checkpoint)
-        if expert.checkpoint.library == base.checkpoint.library and mine != theirs:
-            yield f"{where}: its activation is {mine}, the base's {theirs}; merged weights would fit neither"
+        yield from (f"{where}: {problem}" for problem in _other_activation(expert.checkpoint, base.checkpoint))
 
 
-def _activation(checkpoint: Checkpoint) -> str | None:
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "feed_forward_proj", "dense_act_fn")
+_CLIP_DEFAULT = {"clip": "quick_gelu", "clip_vision_model": "quick_gelu", "clip_text_model": "quick_gelu"}
+
+
+def _other_activation(expert: Checkpoint, base: Checkpoint) -> Iterable[str]:
+    """Weights that were trained under one activation are wrong under another, and no shape shows it."""
+    if expert.library is None or expert.library != base.library:
+        return
+    mine, theirs = _activations(expert), _activations(base)
+    if "" in mine and "" not in theirs:  # a tower alone, beside a model that has it under vision_config
+        mine = {"vision_config": mine[""]}
+    for part in mine.keys() & theirs.keys():
+        if mine[part] != theirs[part]:
+            of = f" of {part}" if part else ""
+            yield f"its activation{of} is {mine[part]}, the base's {theirs[part]}; merged weights would fit neither"
+
+
+def _activations(checkpoint: Checkpoint) -> dict[str, str]:
+    """Activations by the part of the configuration that names them; the empty part is the top."""
     if checkpoint.library == "open_clip":
         settings = checkpoint.config.get("model_cfg", {})
-        return "QuickGELU" if isinstance(settings, dict) and settings.get("quick_gelu") else "GELU"
-    return None
+        return {"": "QuickGELU" if isinstance(settings, dict) and settings.get("quick_gelu") else "GELU"}
+    found = {}
+    for part in ("", "vision_config", "text_config"):
+        settings = checkpoint.config if not part else checkpoint.config.get(part)
+        if not isinstance(settings, dict):
+            continue
+        named = next((settings[key] for key in _ACTIVATION_KEYS if key in settings), None)
+        named = named or _CLIP_DEFAULT.get(settings.get("model_type", ""))
+        if named is not None and not (part == "" and "vision_config" in checkpoint.config):
+            found[part] = str(named)
+    return found
 
 
 def _some(names: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from wemoe_plugin.checkpoints.header import ITEM_BYTES
 from wemoe_plugin.merging.operations import Operation, Upscale
 
@@ -30,8 +32,23 @@ def peak_memory(operations: tuple[Operation, ...], dtype: str, jobs: int, chunk_
     needs = []
     for operation in operations:
         elements = operation.sources[0].elements
-        whole = isinstance(operation, Upscale) and operation.rank is not None
+        whole = _needs_whole(operation)
         count = elements if whole else min(elements, chunk_elements)
         pieces = 1 if whole else max(1, -(-elements // chunk_elements))
         needs += [operation_memory(operation, count, dtype)] * min(pieces, jobs)
     return sum(sorted(needs, reverse=True)[:jobs])
+
+
+def fitting_chunk(operations: tuple[Operation, ...], dtype: str, chunk_elements: int, max_memory: int) -> int:
+    """Elements per range, at most ``chunk_elements``, so that one elementwise range stays within ``max_memory``."""
+    widest = max((operation_memory(o, 1, dtype) for o in operations if not _needs_whole(o)), default=1)
+    return max(1, min(chunk_elements, max_memory // widest))
+
+
+def available_processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _needs_whole(operation: Operation) -> bool:
+    return isinstance(operation, Upscale) and operation.rank is not None

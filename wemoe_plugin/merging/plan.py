@@ -16,8 +16,9 @@ from wemoe_plugin.merging.inputs import Model, open_models
 from wemoe_plugin.merging.layout import OutputFile, lay_out
 from wemoe_plugin.merging.names import nearest_modules, relative_depths
 from wemoe_plugin.merging.operations import Combine, Copy, Mixture, Operation, OutputTensor, Upscale
-from wemoe_plugin.merging.upscaling import UpscaledLayer, UpscaledModule, find_upscaled_modules
+from wemoe_plugin.merging.upscaling import UpscaledLayer, UpscaledModule, find_upscaled_modules, nested_modules
 from wemoe_plugin.recipe.loading import RecipeFile
+from wemoe_plugin.recipe.patterns import KEYWORDS
 from wemoe_plugin.recipe.schema import Rule
 from wemoe_plugin.recipe.settings import Setting
 
@@ -119,7 +120,7 @@ class _Planner:
         self.shard_bytes = shard_bytes
         self.tensors = base.checkpoint.tensors
         self.held = {name for model in experts for name in model.checkpoint.tensors}
-        same = base.checkpoint.path.resolve()
+        same = base.checkpoint.path.resolve() if self.recipe.base_model is not None else None
         self.experts = tuple(m for m in experts if m.checkpoint.path.resolve() != same)
         self.entries = {entry.name: entry for entry in self.recipe.models}
         self.depths = relative_depths(self.tensors)
@@ -163,6 +164,8 @@ class _Planner:
             if not found:
                 near = nearest_modules(rule.match.globs, self.tensors)
                 hint = f"\n    nearest: {near}" if near else ""
+                if any(glob in KEYWORDS for glob in rule.match.globs):
+                    hint = "\n    its layers have none of the known names; name the modules with a glob"
                 base = self.base.checkpoint.path
                 problems.append(f"{where}: rules[{i}].match {str(rule.match)!r} matches no tensor of {base}{hint}")
             elif not free:
@@ -176,6 +179,8 @@ class _Planner:
     def _upscale(self, owners: Mapping[str, int], paths: Mapping[str, str]) -> tuple[UpscaledModule, ...]:
         modules: list[UpscaledModule] = []
         problems: list[str] = []
+        if not self.experts and any(rule.merge_method == "wemoe" for rule in self.recipe.rules):
+            raise PlanError(f"{self.source.where('models')}: every model is the base; wemoe needs an expert")
         for i, rule in enumerate(self.recipe.rules):
             if rule.merge_method != "wemoe":
                 continue
@@ -191,6 +196,7 @@ class _Planner:
                 modules += find_upscaled_modules(rule, i, tuned, self.tensors, self._module_lambdas(rule))
             except PlanError as error:
                 problems += [f"{where}: rules[{i}]: {line}" for line in str(error).splitlines()]
+        problems += [f"{path} lies inside another upscaled module; upscale one" for path in nested_modules(modules)]
         if problems:
             raise PlanError("\n".join(problems))
         return tuple(modules)
@@ -200,7 +206,9 @@ class _Planner:
             scale = rule.parameters.router.init_lambda if rule.parameters.router else None
             if scale is None:
                 scale = self._setting(self.recipe.parameters.lambda_, tensor_name, 1.0)
-            return tuple(scale * self._weight(expert, tensor_name) for expert in self.experts)
+            weights = tuple(self._weight(expert, tensor_name) for expert in self.experts)
+            divisor = _divisor(weights, self.recipe.parameters.normalize)
+            return tuple(scale * weight / divisor for weight in weights)
 
         return lambdas
 
@@ -215,11 +223,10 @@ class _Planner:
         rule = None if rule_index is None else self.recipe.rules[rule_index]
         output, base = self._output(name), self.tensors[name]
         method = self.recipe.merge_method if rule is None else rule.merge_method
-        if base.dtype not in FLOATS:
-            holders = [m for m in self.models if name in m.checkpoint.tensors]
-            return Copy(output, base, self._inputs(name, holders))
         if method == "base" or name not in self.held:
             return Copy(output, base)
+        if base.dtype not in FLOATS:
+            return Copy(output, base, self._inputs(name, self.models))
         if module is not None:
             return Combine(output, Mixture(base, self._inputs(name, self.experts), module.lambdas))
         normalize = rule.parameters.normalize if rule is not None else None
@@ -231,8 +238,7 @@ class _Planner:
                 raise PlanError(f"{name}: the weights of the models add up to 0; linear cannot normalize them")
             return Combine(output, Mixture(None, self._inputs(name, self.models), weights, divisor))
         weights = tuple(self._weight(expert, name) for expert in self.experts)
-        total = sum(weights)
-        divisor = total if normalize and abs(total) >= 1e-8 else 1.0
+        divisor = _divisor(weights, normalize)
         local = rule.parameters.lambda_ if rule is not None else None
         scale = self._setting(self.recipe.parameters.lambda_ if local is None else local, name, 1.0)
         if not self.experts:
@@ -270,3 +276,9 @@ class _Planner:
                 parameters=sum(self.tensors[name].elements for name in names),
                 modules=sum(module.rule == i for module in modules),
             )
+
+
+def _divisor(weights: tuple[float, ...], normalize: bool | None) -> float:
+    """What task arithmetic divides by; mergekit leaves weights that cancel as they are."""
+    total = sum(weights)
+    return total if normalize and abs(total) >= 1e-8 else 1.0

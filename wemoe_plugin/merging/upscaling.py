@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from wemoe_plugin.checkpoints.header import FLOATS, StoredTensor
@@ -16,7 +16,7 @@ _FIRST_LAYERS = (
 )
 """Names of layers that take their module's own input."""
 
-_EMBEDDINGS = ("embed", "wte", "wpe", "relative_attention_bias", "token_type")
+_EMBEDDINGS = ("embed", "wte", "wpe", "relative_attention_bias", "token_type", "shared")
 
 
 @dataclass(frozen=True)
@@ -92,26 +92,46 @@ def find_upscaled_modules(
         PlanError: a module without Linear layers, with fused ones, or whose input width is not clear.
     """
     grouped: dict[str, list[str]] = {}
-    for name, path in claimed.items():
-        grouped.setdefault(module_of(name) if path == name else path, []).append(name)
-    router, form = rule.parameters.router or RouterSpec(), rule.parameters.task_vectors or TaskVectorSpec()
     problems: list[str] = []
+    for name, path in claimed.items():
+        if path != name:
+            grouped.setdefault(path, []).append(name)
+        elif _is_linear_weight(name, tensors[name]) or name.endswith(".bias"):
+            grouped.setdefault(module_of(name), []).append(name)
+        else:
+            problems.append(f"{name} is not the weight of a Linear layer; wemoe needs one")
+    router, form = rule.parameters.router or RouterSpec(), rule.parameters.task_vectors or TaskVectorSpec()
     modules: list[UpscaledModule] = []
     for path, names in grouped.items():
         try:
             modules.append(_module(path, names, index, router, form, tensors, lambdas))
         except PlanError as error:
             problems.append(str(error))
-    for module in modules:
-        if any(module.path.startswith(f"{other.path}.") for other in modules):
-            problems.append(f"the module {module.path} lies inside another one of the rule; upscale one of them")
-    if router.shared and len({module.router.width for module in modules}) > 1:
-        widths = ", ".join(str(width) for width in sorted({module.router.width for module in modules}))
-        problems.append(f"one shared router cannot read modules of different widths ({widths}); split the rule")
+    if router.shared:
+        problems += _sharing_problems(modules)
     if problems:
-        shown = problems[:5] + ([f"and {len(problems) - 5} more modules"] if len(problems) > 5 else [])
+        shown = problems[:5] + ([f"and {len(problems) - 5} more problems like these"] if len(problems) > 5 else [])
         raise PlanError("\n".join(shown))
     return modules
+
+
+def _sharing_problems(modules: list[UpscaledModule]) -> list[str]:
+    problems = []
+    if len(widths := sorted({module.router.width for module in modules})) > 1:
+        shown = ", ".join(str(width) for width in widths)
+        problems.append(f"one shared router cannot read modules of different widths ({shown}); split the rule")
+    if len({module.lambdas for module in modules}) > 1:
+        problems.append(
+            "one shared router starts at one λ for all its modules, but lambda or weight differs between them (a "
+            "gradient, or a filter); split the rule or do not share"
+        )
+    return problems
+
+
+def nested_modules(modules: Iterable[UpscaledModule]) -> list[str]:
+    """Paths of modules that lie inside another upscaled module, which only one of the two can route."""
+    paths = {module.path for module in modules}
+    return sorted(path for path in paths if any(path.startswith(f"{other}.") for other in paths))
 
 
 def _module(
@@ -124,18 +144,26 @@ def _module(
     lambdas: Callable[[str], tuple[float, ...]],
 ) -> UpscaledModule:
     fused = [name for name in names if name.endswith("in_proj_weight")]
+    fused += [name for name in names if f"{module_of(module_of(name))}.in_proj_weight" in tensors]
     if fused:
         raise PlanError(
-            f"{fused[0]} is the fused weight of nn.MultiheadAttention, which has no Linear layers to route; "
+            f"{fused[0]} belongs to an nn.MultiheadAttention, which fuses its weights and calls no Linear layer; "
             "leave it to a static method"
         )
     weights = [name for name in names if _is_linear_weight(name, tensors[name])]
     if not weights:
         raise PlanError(f"the module {path} has no Linear layers (no 2-D weight); wemoe needs some")
-    first = lambdas(weights[0])
+    values = {name: lambdas(name) for name in names}
+    first = values[weights[0]]
+    other = next((name for name in names if values[name] != first), None)
+    if other is not None:
+        raise PlanError(
+            f"lambda or weight of {other} is another than that of {weights[0]}; a module has one λ per expert"
+        )
+    inside = [name for name in tensors if name.startswith(f"{path}.") and _is_linear_weight(name, tensors[name])]
     router = PlannedRouter(
         name=f"rules.{index}" if spec.shared else path,
-        width=_input_width(path, weights, tensors),
+        width=_input_width(path, inside, tensors),
         experts=len(first),
         depth=spec.depth,
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeGuard
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -56,8 +56,8 @@ def attach_module(model: nn.Module, config: ModuleConfig, vectors: dict[str, Ten
     for layer in config.layers:
         linear = module.get_submodule(layer.path) if layer.path else module
         where = f"{path}.{layer.path}".rstrip(".")
-        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-            raise CheckpointError(f"{where} is a {type(linear).__name__} in this model, not a Linear layer")
+        if not is_plain_linear(linear):
+            raise CheckpointError(f"{where} is a {type(linear).__name__} in this model, not a Linear layer of its own")
         replacement = _ensemble(
             linear, layer, f"{config.path}.{layer.path}".rstrip("."), vectors, routing, len(config.lambdas)
         )
@@ -65,10 +65,40 @@ def attach_module(model: nn.Module, config: ModuleConfig, vectors: dict[str, Ten
             model.set_submodule(f"{path}.{layer.path}", replacement)
         else:
             module = replacement
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    wrapper = WeightEnsemblingMoE(module, router, config.lambdas, routing).to(device)
+    like = next(module.parameters())
+    router.to(like.device, like.dtype)
+    wrapper = WeightEnsemblingMoE(module, router, config.lambdas, routing).to(like.device)
     wrapper.train(module.training)
     model.set_submodule(path, wrapper)
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer's own forward pass applies its weight.
+
+    The projection inside of nn.MultiheadAttention is a Linear layer that is never called.
+    """
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    )
+
+
+def misplaced_layers(model: nn.Module, config: WemoeConfig) -> list[str]:
+    """What keeps `attach` from upscaling a model, one line each; looks at no weights."""
+    problems = []
+    for module in config.modules:
+        try:
+            path = _find(model, module.path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for layer in module.layers:
+            where = f"{path}.{layer.path}".rstrip(".")
+            kind = model.get_submodule(where)
+            if not is_plain_linear(kind):
+                problems.append(f"{where} is a {type(kind).__name__}, not a Linear layer of its own")
+    return problems
 
 
 def _ensemble(

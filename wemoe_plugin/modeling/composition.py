@@ -49,13 +49,13 @@ def apply_low_rank(
 def _bands(batch: int, weight: Tensor, working_bytes: int) -> list[slice]:
     row = batch * weight.shape[1] * weight.element_size()
     step = max(1, min(weight.shape[0], working_bytes // max(row, 1)))
-    return [slice(start, start + step) for start in range(0, weight.shape[0], step)]
+    return [slice(start, min(start + step, weight.shape[0])) for start in range(0, weight.shape[0], step)]
 
 
 def _compose(offsets: Tensor, weight: Tensor, vectors: Tensor, band: slice) -> Tensor:
     """The weights (batch, band, in) of every sample for a band of output rows."""
     flat = torch.addmm(weight[band].reshape(1, -1), offsets, vectors[:, band].flatten(1))
-    return flat.view(offsets.shape[0], -1, weight.shape[1])
+    return flat.view(offsets.shape[0], band.stop - band.start, weight.shape[1])
 
 
 class _DenseComposition(torch.autograd.Function):

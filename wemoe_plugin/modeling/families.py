@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
+from wemoe_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from wemoe_plugin.checkpoints.ranges import read_tensors
 from wemoe_plugin.errors import CheckpointError
 
@@ -28,6 +29,9 @@ class ModelFamily(Protocol):
 
         Tensors in ``overlay``, by the names of the directory's files, take the place of the directory's own.
         """
+
+    def skeleton(self, directory: Path) -> nn.Module | None:
+        """The same model without memory for its weights, to look at its modules; None if its class is not named."""
 
     def image_transform(self, directory: Path) -> Callable[[Image.Image], Tensor]:
         """From a picture to the model's input, (channels, height, width)."""
@@ -56,6 +60,14 @@ class OpenClipFamily:
             if overlay:
                 model.load_state_dict({**model.state_dict(), **overlay})
         return model.to(dtype).eval()  # type: ignore[no-any-return]
+
+    def skeleton(self, directory: Path) -> nn.Module | None:
+        import open_clip
+
+        with _quiet(), _as_checkpoint_error(directory), torch.device("meta"):
+            return open_clip.create_model(  # type: ignore[no-any-return]
+                f"local-dir:{directory}", load_weights=False, pretrained_text=False, device="meta"
+            )
 
     def image_transform(self, directory: Path) -> Callable[[Image.Image], Tensor]:
         import open_clip
@@ -95,21 +107,31 @@ class TransformersFamily:
     """Models of transformers; features are those of CLIP-like classes."""
 
     def build(self, directory: Path, dtype: torch.dtype, overlay: Mapping[str, Tensor] | None = None) -> nn.Module:
-        import transformers
-
         checkpoint = open_checkpoint(directory)
-        names = checkpoint.config.get("architectures") or []
-        kind = getattr(transformers, names[0], None) if names else None
+        kind = _transformers_class(checkpoint)
         if kind is None:
             raise CheckpointError(f"{directory}: config.json names no class of transformers under 'architectures'")
+        state = {**read_tensors(checkpoint), **overlay} if overlay else None
         with _quiet(), _as_checkpoint_error(directory):
-            if overlay:
-                state = {**read_tensors(checkpoint), **overlay}
-                config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-                model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-            else:
-                model = kind.from_pretrained(directory, dtype=dtype, local_files_only=True)
+            model, report = kind.from_pretrained(
+                None if state else directory,
+                config=kind.config_class.from_pretrained(directory, local_files_only=True),
+                state_dict=state,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        absent = [*sorted(report["missing_keys"]), *(key for key, *_ in report["mismatched_keys"])]
+        if absent:
+            raise CheckpointError(f"{directory}: has no fitting {absent[0]!r}, which a {kind.__name__} needs")
         return model.eval()  # type: ignore[no-any-return]
+
+    def skeleton(self, directory: Path) -> nn.Module | None:
+        kind = _transformers_class(open_checkpoint(directory))
+        if kind is None:
+            return None
+        with _quiet(), _as_checkpoint_error(directory), torch.device("meta"):
+            return kind(kind.config_class.from_pretrained(directory, local_files_only=True))  # type: ignore[no-any-return]
 
     def image_transform(self, directory: Path) -> Callable[[Image.Image], Tensor]:
         from transformers import AutoImageProcessor
@@ -139,6 +161,13 @@ FAMILIES: Mapping[str, ModelFamily] = {"open_clip": OpenClipFamily(), "transform
 """By the name `wemoe_plugin.checkpoints.checkpoint.Checkpoint.library` gives them."""
 
 
+def _transformers_class(checkpoint: Checkpoint) -> Any:
+    import transformers
+
+    names = checkpoint.config.get("architectures") or []
+    return getattr(transformers, names[0], None) if names else None
+
+
 def _features(model: nn.Module, method: str, inputs: Mapping[str, Any]) -> Tensor:
     if not hasattr(model, method):
         raise CheckpointError(f"a {type(model).__name__} has no {method}; zero-shot heads need a CLIP-like model")
@@ -146,16 +175,20 @@ def _features(model: nn.Module, method: str, inputs: Mapping[str, Any]) -> Tenso
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
+_QUIET = threading.RLock()
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and notices off the user's terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
+    """Keep the libraries' progress bars and notices off the terminal; one thread at a time, since both are global."""
+    with _QUIET:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+        finally:
+            logging.disable(before)
 
 
 @contextlib.contextmanager
@@ -165,5 +198,6 @@ def _as_checkpoint_error(directory: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # the libraries raise anything; the message is what the user needs
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{directory}: its library cannot load it: {first}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        text = " ".join(lines[:4]) + (" …" if len(lines) > 4 else "")
+        raise CheckpointError(f"{directory}: its library cannot load it: {text}") from error

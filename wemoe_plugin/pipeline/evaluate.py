@@ -9,6 +9,7 @@ from pathlib import Path
 
 from wemoe_plugin.checkpoints.manifest import refresh_manifest
 from wemoe_plugin.checkpoints.staging import write_atomically
+from wemoe_plugin.errors import TuningError
 from wemoe_plugin.evaluation.report import render_report, render_routing
 from wemoe_plugin.evaluation.routing import routing_means
 from wemoe_plugin.evaluation.scores import Scores, accuracy, predict
@@ -16,6 +17,9 @@ from wemoe_plugin.modeling.attach import routers_of
 from wemoe_plugin.modeling.config import CONFIG_NAME, read_config
 from wemoe_plugin.modeling.loading import load_model, load_static
 from wemoe_plugin.pipeline.workbench import Workbench
+
+RESULT_NAMES = ("results.json", "report.html", "routing.svg")
+"""The files that show scores."""
 
 
 def evaluate_directory(
@@ -45,7 +49,9 @@ def evaluate_directory(
     routers = routers_of(merged, config) if config is not None else {}
     tasks: dict[str, dict[str, float]] = {}
     routing: dict[str, dict[str, list[float]]] = {}
-    for name in workbench.tasks:
+    if not workbench.scored_tasks:
+        raise TuningError(f"{directory}: no task of its recipe has score: with labeled data")
+    for name in workbench.scored_tasks:
         images, labels, head = workbench.scoring_images(name), workbench.labels(name), workbench.head(name)
         say(f"scoring {name}: {len(images):,} images")
         expert = workbench.expert(workbench.expert_name(name))
@@ -66,12 +72,10 @@ def evaluate_directory(
 
 def write_results(directory: Path, scores: Scores) -> None:
     """Write the files that show the scores, and enter them in the manifest."""
-    files = {
-        "results.json": json.dumps(scores.to_json(), indent=2) + "\n",
-        "report.html": render_report(scores, directory.resolve().name),
-    }
+    texts = [json.dumps(scores.to_json(), indent=2) + "\n", render_report(scores, directory.resolve().name)]
     if scores.routing:
-        files["routing.svg"] = render_routing(scores)
+        texts.append(render_routing(scores))
+    files = dict(zip(RESULT_NAMES, texts, strict=False))
     for name, text in files.items():
         write_atomically(directory / name, text.encode())
     refresh_manifest(directory, files)

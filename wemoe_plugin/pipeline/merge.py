@@ -11,14 +11,15 @@ import torch
 
 from wemoe_plugin.checkpoints.companions import copy_companions
 from wemoe_plugin.checkpoints.header import FLOATS
-from wemoe_plugin.checkpoints.manifest import read_manifest, sha256_of, write_manifest
+from wemoe_plugin.checkpoints.manifest import doubt_output, read_manifest, sha256_of, write_manifest
 from wemoe_plugin.checkpoints.staging import staged_directory
-from wemoe_plugin.errors import CheckpointError
+from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.card import model_card
 from wemoe_plugin.merging.executor import Progress, execute_plan
 from wemoe_plugin.merging.plan import MergePlan
-from wemoe_plugin.modeling.attach import save_routers
+from wemoe_plugin.modeling.attach import misplaced_layers, save_routers
 from wemoe_plugin.modeling.config import CONFIG_NAME, LayerConfig, ModuleConfig, RouterConfig, WemoeConfig
+from wemoe_plugin.modeling.families import FAMILIES
 from wemoe_plugin.modeling.router import Router
 from wemoe_plugin.recipe.loading import RecipeFile, load_recipe
 
@@ -31,16 +32,30 @@ def merge(
     force: bool = False,
     jobs: int | None = None,
     max_memory: int | None = None,
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Carry out a plan; the output directory appears whole or not at all.
+
+    Args:
+        source: the recipe.
+        plan: of the recipe.
+        out: the output directory.
+        force: replace an earlier output.
+        jobs: threads; default all processors.
+        max_memory: bytes of all buffers together.
+        seed: of the routers' initial weights; default the recipe's.
+        progress: told about input bytes as they are done.
 
     Raises:
         WemoeError: see `wemoe_plugin.merging.executor.execute_plan` and
             `wemoe_plugin.checkpoints.staging.staged_directory`.
     """
-    seed = source.recipe.tuning.seed if source.recipe.tuning else 0
-    with staged_directory(out, force) as work:
+    if seed is None:
+        seed = source.recipe.tuning.seed if source.recipe.tuning else 0
+    if plan.modules:
+        _check_modules(plan)
+    with staged_directory(out, force, doubt_output) as work:
         copy_companions(plan.base.checkpoint.path, work, _common_dtype(plan))
         execute_plan(plan, work, jobs=jobs, max_memory=max_memory, progress=progress)
         if len(plan.static_files) > 1:
@@ -54,8 +69,20 @@ def merge(
             shutil.copyfile(source.tasks_path, work / "tasks.yaml")
         text = source.path.read_text(encoding="utf-8")
         (work / "README.md").write_text(model_card(plan, out.name, text), encoding="utf-8")
-        origin = os.path.relpath(source.directory.resolve(), out.resolve())
-        write_manifest(work, {"recipe_directory": origin, "recipe_sha256": sha256_of(source.path)})
+        places = {
+            "recipe_directory": os.path.relpath(source.directory.resolve(), out.resolve()),
+            "working_directory": os.path.relpath(source.fallback.resolve(), out.resolve()),
+        }
+        write_manifest(work, {**places, "recipe_sha256": sha256_of(source.path)})
+
+
+def _check_modules(plan: MergePlan) -> None:
+    """Names and shapes cannot tell a Linear layer from all others: ask the model itself."""
+    model = FAMILIES[plan.library].skeleton(plan.base.checkpoint.path)
+    problems = [] if model is None else misplaced_layers(model, wemoe_config(plan))
+    if problems:
+        more = f"\nand {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise PlanError("\n".join(problems[:3]) + more)
 
 
 def _common_dtype(plan: MergePlan) -> str | None:
@@ -113,9 +140,10 @@ def recipe_of(directory: Path) -> RecipeFile:
     Raises:
         CheckpointError: the directory is not an output.
     """
-    origin = read_manifest(directory).get("recipe_directory")
-    if not isinstance(origin, str):
+    manifest = read_manifest(directory)
+    places = [manifest.get(key) for key in ("recipe_directory", "working_directory")]
+    if not all(isinstance(place, str) for place in places):
         raise CheckpointError(f"{directory}: its manifest does not say where the recipe stood")
+    start, fallback = (Path(os.path.normpath(directory.resolve() / str(place))) for place in places)
     tasks = directory / "tasks.yaml"
-    start = Path(os.path.normpath(directory.resolve() / origin))
-    return load_recipe(directory / "recipe.yaml", start, tasks if tasks.is_file() else None)
+    return load_recipe(directory / "recipe.yaml", start, fallback, tasks if tasks.is_file() else None)

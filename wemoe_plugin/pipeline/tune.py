@@ -11,6 +11,7 @@ from wemoe_plugin.modeling.attach import routers_of, save_routers
 from wemoe_plugin.modeling.config import ROUTERS_NAME, read_config
 from wemoe_plugin.modeling.loading import load_model
 from wemoe_plugin.modeling.wemoe import freeze_all_but_routers
+from wemoe_plugin.pipeline.evaluate import RESULT_NAMES
 from wemoe_plugin.pipeline.workbench import Workbench
 from wemoe_plugin.recipe.schema import TuningSpec
 from wemoe_plugin.tuning.loop import Check, TuningOutcome, TuningTask, tune
@@ -24,7 +25,7 @@ def tune_directory(
     say: Callable[[str], None] = lambda line: None,
     on_check: Callable[[Check], None] | None = None,
 ) -> TuningOutcome:
-    """Tune on the recipe's unlabeled data, and rewrite ``routers.safetensors``.
+    """Tune on the recipe's unlabeled data, and rewrite ``routers.safetensors``; earlier results are removed.
 
     Args:
         directory: an output with upscaled modules.
@@ -57,6 +58,8 @@ def tune_directory(
         on_check=on_check,
     )
     save_routers(directory, routers_of(model, config))
+    for name in RESULT_NAMES:  # they were those of other routers
+        (directory / name).unlink(missing_ok=True)
     refresh_manifest(directory, [ROUTERS_NAME])
     return outcome
 

@@ -21,6 +21,18 @@ from wemoe_plugin.tasks.head import ZeroShotHead, check_labels, choose_class_nam
 from wemoe_plugin.tasks.images import ImageSet, load_images
 
 
+def check_device(name: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        TuningError: torch does not know it or cannot use it.
+    """
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise TuningError(f"--device {name}: cannot be used: {str(error).splitlines()[0]}") from None
+
+
 class Workbench:
     """Data, heads and plain models of a recipe, each loaded when it is first needed.
 
@@ -29,11 +41,12 @@ class Workbench:
         device: where models run.
 
     Raises:
-        TuningError: the recipe has no tasks.
+        TuningError: the recipe has no tasks, or the device is not there.
         CheckpointError: its base is not there.
     """
 
     def __init__(self, source: RecipeFile, device: str = "cpu") -> None:
+        check_device(device)
         if not source.recipe.tasks:
             raise TuningError(f"{source.path}: has no tasks; add tasks: to the recipe")
         self.source = source
@@ -42,20 +55,31 @@ class Workbench:
         self.base_path = source.resolve(source.recipe.base_model or source.recipe.models[0].model)
         self.family: ModelFamily = FAMILIES[open_checkpoint(self.base_path).library or "transformers"]
         self._expert_paths = {entry.name: source.resolve(entry.model) for entry in source.recipe.models}
+        self._heads: dict[str, ZeroShotHead] = {}
         self._sets: dict[tuple[str, str], ImageSet] = {}
 
-    def check(self, *, scoring: bool) -> None:
-        """Open all data and look at its columns, class names and labels, before any long work.
+    @property
+    def scored_tasks(self) -> tuple[str, ...]:
+        """The tasks that have labeled data."""
+        return tuple(name for name, task in self.tasks.items() if task.score is not None)
+
+    def check(self, *, tuning: bool, scoring: bool) -> None:
+        """Open the data, look at columns, class names and labels, decode an image, and build the heads.
 
         Raises:
             TuningError: whatever is wrong with it.
+            CheckpointError: the base cannot read text or images.
         """
-        for name, task in self.tasks.items():
-            if task.tune is not None:
-                self.tuning_images(name)
-            self.class_names(name)
-            if scoring:
+        for name in self.tasks:
+            if tuning:
+                images = self.tuning_images(name)
+                if len(images) < 2:
+                    raise TuningError(f"{images.where}: tuning needs at least two rows, it has {len(images)}")
+                images.pixels([0])
+            if scoring and name in self.scored_tasks:
                 self.labels(name)
+                self.scoring_images(name).pixels([0])
+            self.head(name)
 
     def tuning_images(self, task: str) -> ImageSet:
         """The task's unlabeled images."""
@@ -83,6 +107,11 @@ class Workbench:
 
     def head(self, task: str) -> ZeroShotHead:
         """The task's zero-shot head, by the base's text tower."""
+        if task not in self._heads:
+            self._heads[task] = self._build_head(task)
+        return self._heads[task]
+
+    def _build_head(self, task: str) -> ZeroShotHead:
 
         def encode(texts: Sequence[str]) -> Tensor:
             return self.family.encode_text(self.base, self._tokenize(texts).to(self.device))

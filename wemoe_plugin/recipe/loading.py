@@ -28,12 +28,15 @@ class RecipeFile:
         path: the recipe file.
         recipe: what it says.
         directory: where relative paths in it start.
+        fallback: where they start if nothing is there.
         tasks_path: the tasks file it names, if it does.
+        source: its text, for the lines of messages.
     """
 
     path: Path
     recipe: Recipe
     directory: Path
+    fallback: Path
     tasks_path: Path | None
     source: YamlSource
 
@@ -42,18 +45,24 @@ class RecipeFile:
         return self.source.where(location)
 
     def resolve(self, reference: str) -> Path:
-        """A path the recipe names: relative to the recipe, else to the current folder if only that exists."""
+        """A path the recipe names: relative to the recipe, else to the fallback if only that exists."""
         beside = self.directory / Path(reference).expanduser()
-        here = Path(reference).expanduser()
+        here = self.fallback / Path(reference).expanduser()
         return here if not beside.exists() and here.exists() else beside
 
 
-def load_recipe(path: Path | str, directory: Path | None = None, tasks_path: Path | None = None) -> RecipeFile:
+def load_recipe(
+    path: Path | str,
+    directory: Path | None = None,
+    fallback: Path = Path(),
+    tasks_path: Path | None = None,
+) -> RecipeFile:
     """Read and check a recipe.
 
     Args:
         path: the recipe.
         directory: where its relative paths start; default its own folder.
+        fallback: where they start if nothing is there; default the current folder.
         tasks_path: read the tasks from here if the recipe names a tasks file; default the file it names.
 
     Raises:
@@ -93,7 +102,7 @@ def load_recipe(path: Path | str, directory: Path | None = None, tasks_path: Pat
         problems += [(*place(where), text) for where, text in _inconsistencies(recipe)]
     if problems or recipe is None:
         raise RecipeError("\n".join(_lines(problems)))
-    return RecipeFile(path, recipe, directory, tasks_path, source)
+    return RecipeFile(path, recipe, directory, fallback, tasks_path, source)
 
 
 def _lines(problems: list[_Problem]) -> list[str]:
@@ -198,7 +207,7 @@ def _inconsistencies(recipe: Recipe) -> Iterable[tuple[Location, str]]:
     for i, name in enumerate(names):
         if name in names[:i]:
             yield ("models", i, "name"), f"two models are named {name!r}; give one of them another name"
-    if recipe.merge_method != "task_arithmetic" and recipe.parameters.lambda_ is not None and "wemoe" not in methods:
+    if recipe.parameters.lambda_ is not None and not methods & {"task_arithmetic", "wemoe"}:
         yield ("parameters", "lambda"), f"{recipe.merge_method} does not use lambda"
     for task_name, task in (recipe.tasks or {}).items():
         expert = task.expert or task_name

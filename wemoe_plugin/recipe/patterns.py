@@ -9,7 +9,7 @@ from dataclasses import dataclass
 _MLP_LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "fc1 fc2",  # transformers CLIP, timm, OPT-like
+        "fc1 fc2",  # transformers CLIP, timm
         "c_fc c_proj",  # open_clip, GPT-2
         "gate_proj up_proj down_proj",  # Llama, Mistral, Qwen
         "gate_up_proj down_proj",  # Phi-3
@@ -143,5 +143,7 @@ def _component_expression(component: str, glob: str) -> str:
                 raise ValueError(f"{piece} in {glob!r} is not a range of numbers such as [0-5]")
             pieces.append("(?:" + "|".join(str(n) for n in range(int(bounds[1]), int(bounds[2]) + 1)) + ")")
         else:
+            if "[" in piece or "]" in piece:
+                raise ValueError(f"{glob!r} has a bracket without its other half")
             pieces.append(re.escape(piece))
     return "".join(pieces)

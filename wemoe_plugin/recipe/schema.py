@@ -13,7 +13,6 @@ from wemoe_plugin.recipe.settings import Setting, parse_setting
 
 STATIC_METHODS = ("task_arithmetic", "linear", "base")
 RULE_METHODS = (*STATIC_METHODS, "wemoe")
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 _USED_BY = {
     "task_arithmetic": {"lambda", "normalize"},
@@ -60,7 +59,7 @@ class RouterSpec(Strict):
         shared: one router for all modules of the rule (E-WEMoE, arXiv 2410.21804).
     """
 
-    depth: Literal[0, 1, 2] = 2
+    depth: Annotated[Literal[0, 1, 2], BeforeValidator(_number)] = 2
     init_lambda: Number | None = None
     shared: Annotated[bool, Field(strict=True)] = False
 

@@ -110,8 +110,10 @@ class _Reader:
             return node.value
         try:
             return self.loader.construct_object(node)
-        except ValueError as error:
-            raise RecipeError(f"{self.path}:{line}: {error}") from None
+        except (ValueError, LookupError) as error:  # such as !!int ""
+            raise RecipeError(
+                f"{self.path}:{line}: {node.value!r} is not a {node.tag.rpartition(':')[2]}: {error}"
+            ) from None
 
     def _mapping(self, node: yaml.MappingNode, location: Location) -> dict[str, Any]:
         self.loader.flatten_mapping(node)

@@ -118,11 +118,11 @@ def load_images(
     datasets.utils.logging.disable_progress_bar()
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
-            if "split" in kept and isinstance(loaded, datasets.DatasetDict):
-                loaded = loaded[kept["split"]]
+            loaded = _saved(datasets.load_from_disk(str(path)), kept, where)
         else:
             loaded = datasets.load_dataset(str(path) if path.exists() else arguments["path"], **kept)
+    except TuningError:
+        raise
     except Exception as error:  # datasets raises anything, from KeyError to its own builder errors
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TuningError(f"{where}: datasets cannot load it: {first}") from error
@@ -133,6 +133,9 @@ def load_images(
         if len(loaded) != 1:
             raise TuningError(f"{where}: has the splits {', '.join(map(str, loaded))}; name one with split:")
         loaded = next(iter(loaded.values()))
+    if not isinstance(loaded, datasets.Dataset):
+        kind = type(loaded).__name__
+        raise TuningError(f"{where}: gives a {kind}, not one data set (no streaming, no lists of splits)")
     if limit is not None:
         loaded = loaded.select(range(min(limit, len(loaded))))
     return ImageSet(loaded, input_column, label_column, transform, where)
@@ -140,7 +143,7 @@ def load_images(
 
 def _local(value: Any, resolve: Callable[[str], Path]) -> Any:
     if isinstance(value, str):
-        return value if "://" in value else str(resolve(value))
+        return value if "://" in value else _local_pattern(value, resolve)
     if isinstance(value, list):
         return [_local(item, resolve) for item in value]
     if isinstance(value, dict):
@@ -148,14 +151,36 @@ def _local(value: Any, resolve: Callable[[str], Path]) -> Any:
     return value
 
 
+def _local_pattern(pattern: str, resolve: Callable[[str], Path]) -> str:
+    """A pattern from where its part before the first wildcard lies."""
+    parts = Path(pattern).parts
+    plain = next((i for i, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts))
+    return str(resolve(str(Path(*parts[:plain]))).joinpath(*parts[plain:]))
+
+
+def _saved(loaded: Any, arguments: Mapping[str, Any], where: str) -> Any:
+    """A data set that was saved to disk: at most its split can be chosen."""
+    others = sorted(set(arguments) - {"split"})
+    if others:
+        raise TuningError(f"{where}: a saved data set takes no {others[0]}")
+    split = arguments.get("split")
+    if split is None:
+        return loaded
+    if not isinstance(loaded, dict) or split not in loaded:
+        has = f"the splits {', '.join(map(str, loaded))}" if isinstance(loaded, dict) else "no splits"
+        raise TuningError(f"{where}: the saved data set has {has}; it has no {split!r}")
+    return loaded[split]
+
+
 def _check_local_files(arguments: Mapping[str, Any], where: str) -> None:
     """Say plainly what is not there; the library's own words for it are about its insides."""
     folder = arguments.get("data_dir")
     if isinstance(folder, str) and "://" not in folder and not Path(folder).is_dir():
         raise TuningError(f"{where}: no such directory {folder}")
-    patterns = arguments.get("data_files", [])
-    if isinstance(patterns, dict):
-        patterns = [p for value in patterns.values() for p in ([value] if isinstance(value, str) else value)]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if "://" not in pattern and not glob.glob(pattern, recursive=True):  # noqa: PTH207 (absolute patterns)
-            raise TuningError(f"{where}: no file matches {pattern}")
+    files = arguments.get("data_files", [])
+    for value in files.values() if isinstance(files, dict) else [files]:
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, list) else [None]:
+            if not isinstance(pattern, str):
+                raise TuningError(f"{where}: data_files is a pattern, a list of patterns, or these by split")
+            if "://" not in pattern and not glob.glob(pattern, recursive=True):  # noqa: PTH207 (absolute patterns)
+                raise TuningError(f"{where}: no file matches {pattern}")

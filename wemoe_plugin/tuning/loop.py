@@ -129,7 +129,10 @@ def tune(
             on_check(seen)
         return seen
 
-    check(0)
+    if not math.isfinite(check(0).held_out):
+        raise TuningError(
+            "the objective on the held-out data is not finite before any step; look at the models and data"
+        )
     streams = [_stream(train, batch_size, seed + i) for i, (train, _) in enumerate(splits)]
     for step in range(1, steps + 1):
         rows = [next(stream) for stream in streams]
