@@ -69,7 +69,7 @@ def open_clip_family(directory: Path, experts: int = 2, dtype: torch.dtype = tor
 
 def transformers_clip_config() -> CLIPConfig:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**shape, "vocab_size": 520, "max_position_embeddings": 24, "bos_token_id": 510, "eos_token_id": 511}
+    text = {**shape, "vocab_size": 520, "max_position_embeddings": 24, "bos_token_id": 470, "eos_token_id": 471}
     vision = {**shape, "image_size": 16, "patch_size": 8}
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
 

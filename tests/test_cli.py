@@ -214,6 +214,26 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: remove(d / "models" / "base" / "tokenizer.json"),
         "DIR/models/base: its library cannot load it: ",
     ),
+    "a base without any tokenizer": (
+        lambda d: [remove(p) for p in (d / "models" / "base").glob("tokenizer*")],
+        "DIR/models/base: its library cannot load it: ",
+    ),
+    "a recipe that is a directory": (
+        lambda d: (remove(d / "recipe.yaml"), (d / "recipe.yaml").mkdir()),
+        "DIR/recipe.yaml: is a directory; name the recipe file in it",
+    ),
+    "a hub id": (
+        lambda d: edit(d / "recipe.yaml", ("base_model: models/base", "base_model: openai/clip-vit-base-patch32")),
+        "fetch it first, hf download openai/clip-vit-base-patch32 --local-dir DIR",
+    ),
+    "a method of mergekit": (
+        lambda d: edit(d / "recipe.yaml", ("merge_method: task_arithmetic", "merge_method: ties")),
+        "DIR/recipe.yaml:10: merge_method: ties is mergekit's; run such a recipe with mergekit-yaml",
+    ),
+    "a list of modules": (
+        lambda d: edit(d / "recipe.yaml", ("visual.**.mlp", "'visual.transformer.resblocks'")),
+        "belongs to an nn.MultiheadAttention",
+    ),
     "an image that is none": (
         lambda d: [p.write_bytes(b"x") for p in (d / "data" / "digits" / "tune").iterdir()],
         "tasks.digits.tune: row 0 cannot be decoded",
@@ -290,8 +310,11 @@ def test_tuning_rewrites_the_routers_alone_and_removes_results_of_the_old_ones(d
     assert command("tune", demo / "merged", "--seed", "7", "--quiet") == (0, "", "")
     after = tree(demo / "merged")
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed == {"routers.safetensors", "manifest.json", "results.json", "report.html", "routing.svg"}
-    assert set(after) == set(before) - {"results.json", "report.html", "routing.svg"}
+    results = {"results.json", "report.html", "routing.svg"}
+    assert changed == {"routers.safetensors", "manifest.json", "README.md"} | results
+    assert "## Accuracy" in before["README.md"].decode()
+    assert "## Accuracy" not in after["README.md"].decode()
+    assert set(after) == set(before) - results
     assert set(json.loads(after["manifest.json"])["files"]) == set(after) - {"manifest.json"}
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from wemoe_plugin.modeling.ensembled_linear import EnsembledLinear
     from wemoe_plugin.modeling.loading import load_model
     from wemoe_plugin.modeling.router import Router
-    from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE
+    from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, freeze_all_but_routers
     from wemoe_plugin.pipeline.evaluate import evaluate_directory
     from wemoe_plugin.pipeline.merge import merge
     from wemoe_plugin.pipeline.tune import tune_directory
@@ -31,6 +31,7 @@ __all__ = [
     "Workbench",
     "attach",
     "evaluate_directory",
+    "freeze_all_but_routers",
     "load_model",
     "load_recipe",
     "merge",
@@ -45,7 +46,7 @@ _HOMES = {
     "modeling.ensembled_linear": ("EnsembledLinear",),
     "modeling.loading": ("load_model",),
     "modeling.router": ("Router",),
-    "modeling.wemoe": ("WeightEnsemblingMoE",),
+    "modeling.wemoe": ("WeightEnsemblingMoE", "freeze_all_but_routers"),
     "pipeline.evaluate": ("evaluate_directory",),
     "pipeline.merge": ("merge",),
     "pipeline.tune": ("tune_directory",),

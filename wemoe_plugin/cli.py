@@ -162,6 +162,8 @@ def merge_command(
             result |= _tune_and_score(target, workbench, _reseeded(tuning, seed), timings, say)
         except WemoeError as error:
             raise type(error)(f"{error}\n(the merge is complete in {target}; go on with wemoe-merge tune)") from error
+    elif source.recipe.tuning is not None:
+        say(f"to tune its routers: wemoe-merge tune {target}")
     if json:
         print_json(result)
 
@@ -206,6 +208,7 @@ def tune_command(
     workbench.check(tuning=True, scoring=False)
     outcome = tune_directory(directory, workbench, spec, say=say, on_check=check_printer(say))
     tell_outcome(outcome, say)
+    say(f"to score it: wemoe-merge evaluate {directory}")
 
 
 @app.command("evaluate")

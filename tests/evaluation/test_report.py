@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from wemoe_plugin.evaluation.report import render_report, render_routing, score_lines, short_names
+from wemoe_plugin.evaluation.report import markdown_table, render_report, render_routing, score_lines, short_names
 from wemoe_plugin.evaluation.routing import routing_means
 from wemoe_plugin.evaluation.scores import Scores, accuracy, predict
+from wemoe_plugin.merging.card import with_scores
 
 ROW = {"base": 0.5, "expert": 1.0, "static": 0.75, "merged": 0.9}
 SCORES = Scores(
@@ -54,6 +55,23 @@ def test_the_page_escapes_names_and_needs_nothing_else() -> None:
     assert "src=" not in page
     assert "http" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")
     assert "keeps 80.0 %" in page
+
+
+def test_bad_news_is_told() -> None:
+    scores = Scores({"t": {"base": 0.9, "expert": 0.5, "static": 0.8, "merged": 0.6}})
+    assert score_lines(scores)[-2:] == [
+        "Note: on t the expert is worse than the base.",
+        "Note: the static merge is better; try objective: distill, more steps, or another learning_rate.",
+    ]
+
+
+def test_the_card_holds_the_latest_table_only() -> None:
+    card = "# x\n\ntext\n\n## Recipe\n\nr\n"
+    once = with_scores(card, markdown_table(SCORES))
+    assert "| digits | 50.0 % | 100.0 % | 75.0 % | 90.0 % |" in once
+    assert once.index("## Accuracy") < once.index("## Recipe")
+    assert with_scores(once, markdown_table(SCORES)) == once
+    assert with_scores(once, None) == card
 
 
 def test_module_names_without_what_they_share() -> None:

@@ -330,6 +330,12 @@ def test_a_model_without_tensors_is_refused(tmp_path: Path) -> None:
         planned(tmp_path)
 
 
+def test_the_nearest_module_is_the_one_with_the_same_last_name(tmp_path: Path) -> None:
+    transformers_family(tmp_path)
+    message = refusal(tmp_path, "rules: [{match: visual.**.mlp, merge_method: wemoe}]")
+    assert message.endswith("\n    nearest: vision_model.encoder.layers.*.mlp")
+
+
 def test_keywords_that_find_nothing_say_why(tmp_path: Path) -> None:
     open_clip_family(tmp_path)
     for name in ("base", "e0", "e1"):

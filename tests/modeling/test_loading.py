@@ -256,6 +256,21 @@ def test_layers_that_are_not_linear_are_refused_before_anything_is_written(tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_list_of_modules_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    transformers_family(tmp_path)
+    rule = "rules: [{match: vision_model.encoder.layers, merge_method: wemoe}]\n"
+    with pytest.raises(PlanError, match=r"is a list of modules and has no forward pass; match its members"):
+        merged(tmp_path, rule)
+    assert not (tmp_path / "out").exists()
+
+
+def test_attaching_twice_is_refused(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    out = merged(tmp_path, DENSE)
+    with pytest.raises(CheckpointError, match="is upscaled already; attach once"):
+        attach(load_model(out), out)
+
+
 def test_a_base_that_lacks_weights_is_refused_not_filled_at_random(tmp_path: Path) -> None:
     transformers_family(tmp_path)
     path = tmp_path / "base" / "model.safetensors"

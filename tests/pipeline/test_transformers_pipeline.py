@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from models import transformers_family
 from PIL import Image
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, CLIPModel
 
+from wemoe_plugin.errors import CheckpointError, TuningError
 from wemoe_plugin.merging.plan import plan_merge
 from wemoe_plugin.pipeline.evaluate import evaluate_directory
 from wemoe_plugin.pipeline.merge import merge, recipe_of
@@ -79,6 +81,28 @@ def test_features_and_heads_are_the_models_own(workspace: Path) -> None:
         expected = workbench.base(pixel_values=pixels, **tokens).logits_per_image
         logits = workbench.head("e0")(workbench.encode(workbench.base, pixels))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_without_a_text_tower_is_refused(workspace: Path) -> None:
+    tower = CLIPModel.from_pretrained(workspace / "base").vision_model
+    shutil.rmtree(workspace / "base")
+    tower.save_pretrained(workspace / "base")
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(workspace / "base")
+    (workspace / "recipe.yaml").write_text(RECIPE.replace("OBJECTIVE", "distill"))
+    workbench = Workbench(load_recipe(workspace / "recipe.yaml"))
+    with pytest.raises(CheckpointError, match=r"tasks need a text tower .* a CLIPVisionModel has none"):
+        workbench.check(tuning=True, scoring=True)
+
+
+def test_without_its_tokenizer_a_base_is_refused(workspace: Path) -> None:
+    """transformers makes up a tokenizer that reads every text alike."""
+    for path in (workspace / "base").glob("tokenizer*"):
+        path.unlink()
+    (workspace / "recipe.yaml").write_text(RECIPE.replace("OBJECTIVE", "distill"))
+    workbench = Workbench(load_recipe(workspace / "recipe.yaml"))
+    with pytest.raises((TuningError, CheckpointError), match="tokenizer"):
+        workbench.check(tuning=True, scoring=True)
 
 
 def test_an_expert_is_the_base_with_its_own_tower(workspace: Path) -> None:

@@ -28,6 +28,11 @@ def test_class_vectors_are_normalized_means_over_templates() -> None:
     torch.testing.assert_close(head(7 * features), head(features))
 
 
+def test_classes_that_the_text_tower_cannot_tell_apart_are_refused() -> None:
+    with pytest.raises(TuningError, match="cannot tell 'a' from 'aa': are they one class, or does the base lack its"):
+        zero_shot_head(encode, ["a", "b", "aa"], ["{}"], 1.0)
+
+
 def test_class_names_are_the_recipes_or_the_data_sets() -> None:
     assert choose_class_names(["x", "y"], ["00", "01"], "t") == ("x", "y")
     assert choose_class_names(None, ["annual_crop", "forest"], "t") == ("annual crop", "forest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -22,7 +23,21 @@ def score_lines(scores: Scores) -> list[str]:
         f"The merged model keeps {100 * scores.kept:.1f} % of its experts' mean accuracy, "
         f"{gain:+.1f} points against its static merge."
     )
+    below = [name for name, row in scores.tasks.items() if row["expert"] < row["base"]]
+    if below:
+        lines.append(f"Note: on {', '.join(below)} the expert is worse than the base.")
+    if gain < 0:
+        lines.append("Note: the static merge is better; try objective: distill, more steps, or another learning_rate.")
     return lines
+
+
+def markdown_table(scores: Scores) -> str:
+    """The accuracies as a Markdown table, in percent."""
+    headings = " | ".join(_HEADINGS[column] for column in COLUMNS)
+    rows = [f"| task | {headings} |", "|---" + "|---:" * len(COLUMNS) + "|"]
+    for name, row in (*scores.tasks.items(), ("mean", scores.mean)):
+        rows.append(f"| {name} | {' | '.join(f'{100 * row[column]:.1f} %' for column in COLUMNS)} |")
+    return "\n".join(rows)
 
 
 _CELL_WIDTH, _CELL_HEIGHT, _GAP, _HEAD, _ACROSS = 52, 26, 28, 44, 4
@@ -37,7 +52,7 @@ def render_routing(scores: Scores) -> str:
     down = -(-len(scores.routing) // across)
     panel = _CELL_WIDTH * len(scores.experts)
     block = _HEAD + _CELL_HEIGHT * len(modules) + 16
-    width = left + across * (panel + _GAP) - _GAP + 8
+    width = max(left + across * (panel + _GAP) - _GAP + 8, left + 440)
     height = 32 + down * block
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -90,6 +105,7 @@ def _shade(weight: float) -> str:
 def short_names(paths: Sequence[str]) -> list[str]:
     """Dotted paths without the components they all share; "layer 3" where only one number differs."""
     split = [path.split(".") for path in paths]
+    paths = ["shared router" if re.fullmatch(r"rules\.\d+", path) else path for path in paths]
     if len(paths) == 1 or len({len(parts) for parts in split}) > 1:
         return list(paths)
     varying = [i for i in range(len(split[0])) if len({parts[i] for parts in split}) > 1]
@@ -117,10 +133,10 @@ def render_report(scores: Scores, title: str) -> str:
 <p class="lead">One model that keeps {100 * scores.kept:.1f} % of its experts' mean accuracy,
 {gain:+.1f} points against its static merge.</p>
 <h2>Accuracy</h2>
-<table>
+<div class="scroll"><table>
 <tr><th>task</th>{headings}</tr>
 {"".join(rows)}
-</table>
+</table></div>
 {figure}
 <footer>Time: {escape(spent)}. The numbers are in results.json.</footer>
 </html>
@@ -129,7 +145,8 @@ def render_report(scores: Scores, title: str) -> str:
 
 def _row(name: str, values: Mapping[str, float], kind: str = "") -> str:
     cells = "".join(
-        f'<td><span class="track"><span class="fill" style="width:{100 * values[column]:.1f}%"></span></span>'
+        f'<td class="{column}"><span class="track">'
+        f'<span class="fill" style="width:{100 * values[column]:.1f}%"></span></span>'
         f"{100 * values[column]:.1f} %</td>"
         for column in COLUMNS
     )

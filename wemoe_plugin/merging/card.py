@@ -46,3 +46,11 @@ Merged with wemoe-plugin from {len(plan.experts)} fine-tunes of one base model:
 {recipe_text.rstrip()}
 ```
 """
+
+
+def with_scores(card: str, table: str | None) -> str:
+    """The card with a table of accuracies before its recipe, in place of an earlier one; None takes that away."""
+    head, mark, recipe = card.partition("## Recipe")
+    head = head.partition("## Accuracy")[0].rstrip()
+    accuracy = "" if table is None else f"## Accuracy\n\n{table}\n\n"
+    return f"{head}\n\n{accuracy}{mark}{recipe}"

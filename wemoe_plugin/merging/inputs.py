@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,7 +35,13 @@ def open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
         try:
             return Model(name, open_checkpoint(source.resolve(reference)))
         except CheckpointError as error:
-            problems.append(f"{source.where(*location)}: {error}")
+            hint = ""
+            if (
+                re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", reference)
+                and not source.resolve(reference).exists()
+            ):
+                hint = f"\n    if {reference} is a hub id: fetch it first, hf download {reference} --local-dir DIR"
+            problems.append(f"{source.where(*location)}: {error}{hint}")
             return None
 
     base = opened(recipe.base_model, "base", "base_model") if recipe.base_model is not None else None

@@ -40,7 +40,11 @@ def nearest_modules(globs: Iterable[str], tensor_names: Iterable[str]) -> str | 
             paths[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)] = None
             path = module_of(path)
     for glob in globs:
-        near = difflib.get_close_matches(re.sub(r"\[\d+-\d+\]", "*", glob), paths, 1, 0.5)
+        wanted = re.sub(r"\[\d+-\d+\]", "*", glob)
+        lasts = {path.rpartition(".")[2] for path in paths}
+        last = difflib.get_close_matches(wanted.rpartition(".")[2], lasts, 1, 0.6)
+        alike = [path for path in paths if last and path.rpartition(".")[2] == last[0]]
+        near = difflib.get_close_matches(wanted, alike, 1, 0.0) or difflib.get_close_matches(wanted, paths, 1, 0.5)
         if near:
             return near[0]
     return None

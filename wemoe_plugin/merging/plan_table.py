@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from wemoe_plugin.merging.operations import Operation, Upscale
 from wemoe_plugin.merging.plan import MergePlan
 
 
@@ -14,7 +15,10 @@ def summary_lines(plan: MergePlan) -> list[str]:
     lines = [f"base {plan.base.checkpoint.path} ({plan.library}), {len(plan.experts)} experts: {names}"]
     if plan.modules:
         forms = sorted({module.form for module in plan.modules})
-        lines.append(f"{len(plan.modules)} modules become mixtures of experts, task vectors {', '.join(forms)}")
+        count = (
+            "1 module becomes a mixture" if len(plan.modules) == 1 else f"{len(plan.modules)} modules become mixtures"
+        )
+        lines.append(f"{count} of experts, task vectors {', '.join(forms)}")
     return lines
 
 
@@ -36,6 +40,9 @@ def plan_lines(plan: MergePlan, peak_memory: int, jobs: int, format_size: Callab
         lines.append(f"{claim.label:<{width}}  {claim.method:<16}{counts}")
     if plan.base_only:
         lines += ["", f"{len(plan.base_only)} tensors that no expert has are the base's, {plan.base_only[0]} the first"]
+    wasteful = sum(_is_larger_than_dense(operation) for operation in plan.operations)
+    if wasteful:
+        lines += ["", f"low_rank takes more room than dense for {wasteful} tensors: the rank is too large for them"]
     parameters = f"parameters    {plan.base_parameters:,}"
     if plan.modules:
         total = plan.base_parameters + plan.vector_parameters + plan.router_parameters
@@ -51,6 +58,13 @@ def plan_lines(plan: MergePlan, peak_memory: int, jobs: int, format_size: Callab
         f"writes        {format_size(plan.bytes_written)} in {len(plan.files)} file{'s' * (len(plan.files) != 1)}",
         f"peak memory   {format_size(peak_memory)} of buffers with {jobs} threads, above the imported process",
     ]
+
+
+def _is_larger_than_dense(operation: Operation) -> bool:
+    if not isinstance(operation, Upscale) or operation.rank is None:
+        return False
+    dense = len(operation.mixture.inputs) * operation.output.elements
+    return sum(vector.elements for vector in operation.vectors) >= dense
 
 
 def plan_json(plan: MergePlan, peak_memory: int) -> dict[str, Any]:

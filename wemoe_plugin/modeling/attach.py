@@ -52,6 +52,8 @@ def attach_module(model: nn.Module, config: ModuleConfig, vectors: dict[str, Ten
     """
     path = _find(model, config.path)
     module = model.get_submodule(path)
+    if isinstance(module, WeightEnsemblingMoE):
+        raise CheckpointError(f"{path} is upscaled already; attach once")
     routing = Routing()
     for layer in config.layers:
         linear = module.get_submodule(layer.path) if layer.path else module
@@ -92,6 +94,9 @@ def misplaced_layers(model: nn.Module, config: WemoeConfig) -> list[str]:
             path = _find(model, module.path)
         except CheckpointError as error:
             problems.append(str(error))
+            continue
+        if isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
+            problems.append(f"{path} is a list of modules and has no forward pass; match its members, {path}.*")
             continue
         for layer in module.layers:
             where = f"{path}.{layer.path}".rstrip(".")

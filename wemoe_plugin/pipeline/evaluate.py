@@ -10,9 +10,10 @@ from pathlib import Path
 from wemoe_plugin.checkpoints.manifest import refresh_manifest
 from wemoe_plugin.checkpoints.staging import write_atomically
 from wemoe_plugin.errors import TuningError
-from wemoe_plugin.evaluation.report import render_report, render_routing
+from wemoe_plugin.evaluation.report import markdown_table, render_report, render_routing
 from wemoe_plugin.evaluation.routing import routing_means
 from wemoe_plugin.evaluation.scores import Scores, accuracy, predict
+from wemoe_plugin.merging.card import with_scores
 from wemoe_plugin.modeling.attach import routers_of
 from wemoe_plugin.modeling.config import CONFIG_NAME, read_config
 from wemoe_plugin.modeling.loading import load_model, load_static
@@ -31,7 +32,8 @@ def evaluate_directory(
 ) -> Scores:
     """Score base, experts, static merge and merged model on the recipe's labeled data.
 
-    Writes ``results.json``, ``report.html`` and, with upscaled modules, ``routing.svg`` into the directory.
+    Writes ``results.json``, ``report.html`` and, with upscaled modules, ``routing.svg`` into the directory, and the
+    table into its model card.
 
     Args:
         directory: an output of wemoe-merge.
@@ -76,6 +78,9 @@ def write_results(directory: Path, scores: Scores) -> None:
     if scores.routing:
         texts.append(render_routing(scores))
     files = dict(zip(RESULT_NAMES, texts, strict=False))
+    card = directory / "README.md"
+    if card.is_file():
+        files[card.name] = with_scores(card.read_text(encoding="utf-8"), markdown_table(scores))
     for name, text in files.items():
         write_atomically(directory / name, text.encode())
     refresh_manifest(directory, files)

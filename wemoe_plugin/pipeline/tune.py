@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wemoe_plugin.checkpoints.manifest import refresh_manifest
+from wemoe_plugin.checkpoints.staging import write_atomically
 from wemoe_plugin.evaluation.scores import predict
+from wemoe_plugin.merging.card import with_scores
 from wemoe_plugin.modeling.attach import routers_of, save_routers
 from wemoe_plugin.modeling.config import ROUTERS_NAME, read_config
 from wemoe_plugin.modeling.loading import load_model
@@ -20,7 +22,7 @@ from wemoe_plugin.tuning.loop import Check, TuningOutcome, TuningTask, tune
 def tune_directory(
     directory: Path,
     workbench: Workbench,
-    spec: TuningSpec,
+    spec: TuningSpec | None = None,
     *,
     say: Callable[[str], None] = lambda line: None,
     on_check: Callable[[Check], None] | None = None,
@@ -30,7 +32,7 @@ def tune_directory(
     Args:
         directory: an output with upscaled modules.
         workbench: of its recipe.
-        spec: how to tune.
+        spec: how to tune; default what the recipe says.
         say: receives a line about what is being done.
         on_check: told about every look at the held-out data.
 
@@ -39,6 +41,7 @@ def tune_directory(
         CheckpointError: the directory or one of the recipe's models cannot be loaded.
     """
     config = read_config(directory)
+    spec = spec or workbench.source.recipe.tuning or TuningSpec()
     tasks = [_task(name, workbench, spec, say) for name in workbench.tasks]
     model = load_model(directory, workbench.device)
     parameters = freeze_all_but_routers(model)
@@ -58,9 +61,14 @@ def tune_directory(
         on_check=on_check,
     )
     save_routers(directory, routers_of(model, config))
+    changed = [ROUTERS_NAME]
     for name in RESULT_NAMES:  # they were those of other routers
         (directory / name).unlink(missing_ok=True)
-    refresh_manifest(directory, [ROUTERS_NAME])
+    card = directory / "README.md"
+    if card.is_file():
+        write_atomically(card, with_scores(card.read_text(encoding="utf-8"), None).encode())
+        changed.append(card.name)
+    refresh_manifest(directory, changed)
     return outcome
 
 

@@ -116,6 +116,11 @@ class Workbench:
         def encode(texts: Sequence[str]) -> Tensor:
             return self.family.encode_text(self.base, self._tokenize(texts).to(self.device))
 
+        if not hasattr(self.base, "logit_scale"):
+            raise CheckpointError(
+                f"{self.base_path}: tasks need a text tower for their class names; a {type(self.base).__name__} has "
+                "none: name the whole CLIP model as base_model, or leave out tasks and tuning"
+            )
         scale = float(self.family.logit_scale(self.base).detach())
         return zero_shot_head(encode, self.class_names(task), self.tasks[task].head.templates, scale)
 

@@ -17,6 +17,12 @@ from wemoe_plugin.recipe.yaml_source import Location, YamlSource, read_yaml
 MERGEKIT_ONLY = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
 """Keys of mergekit recipes that this command does not carry out."""
 
+_MERGEKIT_METHODS = (
+    *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear"),
+    *("karcher", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce"),
+    *("slerp", "ties"),
+)
+
 _Problem = tuple[YamlSource, Location, str]
 
 
@@ -192,6 +198,8 @@ def _model_in(annotation: Any) -> Any:
 def _unknown_method(value: Any, known: tuple[str, ...]) -> str:
     if value == "wemoe":
         return "wemoe upscales parts of the network: name them in rules, each with merge_method: wemoe"
+    if value in _MERGEKIT_METHODS:
+        return f"{value} is mergekit's; run such a recipe with mergekit-yaml (known here: {', '.join(known)})"
     near = difflib.get_close_matches(str(value), known, 1, 0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown merge method {value!r}{hint} (known: {', '.join(known)})"

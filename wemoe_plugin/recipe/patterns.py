@@ -73,7 +73,7 @@ class Pattern:
     globs: tuple[str, ...]
 
     def __str__(self) -> str:
-        return self.globs[0] if len(self.globs) == 1 else str(list(self.globs))
+        return ", ".join(self.globs)
 
     def claims(self, tensor_names: Iterable[str]) -> Mapping[str, str]:
         """Tensors the pattern matches, each with the path it matched by: its own name or a module around it."""

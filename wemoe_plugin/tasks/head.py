@@ -42,12 +42,23 @@ def zero_shot_head(
         class_names: in label order.
         templates: prompts with one ``{}``.
         scale: the model's logit scale.
+
+    Raises:
+        TuningError: two classes have the same vector.
     """
     vectors = []
     for name in class_names:
         features = F.normalize(encode([template.format(name) for template in templates]), dim=-1)
         vectors.append(F.normalize(features.mean(0), dim=-1))
-    return ZeroShotHead(tuple(class_names), torch.stack(vectors), scale)
+    head = ZeroShotHead(tuple(class_names), torch.stack(vectors), scale)
+    for i, vector in enumerate(vectors):
+        twin = next((j for j in range(i) if torch.equal(vectors[j], vector)), None)
+        if twin is not None:
+            raise TuningError(
+                f"the text tower cannot tell {class_names[twin]!r} from {class_names[i]!r}: are they one class, or "
+                "does the base lack its tokenizer files?"
+            )
+    return head
 
 
 def choose_class_names(given: Sequence[str] | None, stored: Sequence[str] | None, where: str) -> tuple[str, ...]:
