@@ -2,14 +2,13 @@
 
     python benchmarks/merge_memory.py [--experts 2]
 
-Each merge runs in a process of its own, which reports its largest resident size before and after.
+Each merge runs in a process of its own, which reports what is resident before it and the peak during it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,12 @@ def model_shapes(layers: int) -> Shapes:
     return dict(transformer_shapes("vision_model", layers, 1024, 4096))
 
 
+def memory(key: str) -> int:
+    """Bytes resident now (``VmRSS``) or at the peak (``VmHWM``); Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
 def run_merge(recipe: Path, out: Path) -> None:
     """In the child: merge and print the peaks in bytes."""
     import torch  # noqa: F401 (what is imported belongs to the process, not to the merge)
@@ -34,10 +39,11 @@ def run_merge(recipe: Path, out: Path) -> None:
     from wemoe_plugin.recipe.loading import load_recipe
 
     plan = plan_merge(load_recipe(recipe))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
     out.mkdir()
     execute_plan(plan, out, jobs=2)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    after = memory("VmHWM")
     predicted = peak_memory(plan.operations, plan.dtype, 2)
     print(json.dumps({"imported": before, "merge": after - before, "predicted": predicted, "read": plan.bytes_read}))
 
