@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from wemoe_plugin.checkpoints.header import StoredTensor, read_header
+from wemoe_plugin.checkpoints.sources import Source
+from wemoe_plugin.checkpoints.torch_file import TORCH_SUFFIXES, read_torch_header
 from wemoe_plugin.errors import CheckpointError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -18,10 +20,13 @@ WEIGHT_NAMES: Mapping[str, str] = {"open_clip": "open_clip_model", "transformers
 """The stem of the weights file each library looks for first."""
 
 _CANDIDATES = {
-    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
-    "transformers": ("model.safetensors",),
+    "open_clip": (
+        *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+        *("open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin"),
+    ),
+    "transformers": ("model.safetensors", "pytorch_model.bin"),
 }
-_INDEX = ("model.safetensors.index.json",)
+_INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _MAX_INDEX_BYTES = 100_000_000
 
 
@@ -34,12 +39,14 @@ class Checkpoint:
         library: ``open_clip`` or ``transformers``; None for a lone file.
         config: the library's configuration; empty for a lone file.
         tensors: every tensor and where it lies, in natural order of their names.
+        adapter: the PEFT adapter whose changes are part of the tensors, if there is one.
     """
 
     path: Path
     library: str | None
     config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Source]
+    adapter: Path | None = None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -49,9 +56,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: nothing is there, it is not a model, a shard is absent, or a file is damaged.
     """
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path}: not a safetensors file; save the model as safetensors first")
-        return Checkpoint(path, None, {}, _natural_order(read_header(path)))
+        if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
+            raise CheckpointError(f"{path}: neither a safetensors file nor a torch file ({', '.join(TORCH_SUFFIXES)})")
+        return Checkpoint(path, None, {}, _natural_order(_read_file(path)))
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory or file")
     if (path / OPEN_CLIP_CONFIG).is_file():
@@ -63,7 +70,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, library, config, _natural_order(_find_tensors(path, library)))
 
 
-def _natural_order(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _natural_order(tensors: Mapping[str, StoredTensor]) -> dict[str, Source]:
     """By name, layer 2 before layer 10: the order of every table and report."""
 
     def key(name: str) -> list[tuple[int, str]]:
@@ -75,13 +82,18 @@ def _natural_order(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 def _find_tensors(directory: Path, library: str) -> dict[str, StoredTensor]:
     for name in _CANDIDATES[library]:
         if (directory / name).is_file():
-            return read_header(directory / name)
+            return _read_file(directory / name)
     for name in _INDEX:
         if (directory / name).is_file():
             return _read_shards(directory / name)
-    others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    cure = f"; {others[0]} is a torch file: save the model as safetensors first" if others else ""
-    raise CheckpointError(f"{directory}: no weights: expected {' or '.join(_CANDIDATES[library] + _INDEX)}{cure}")
+    others = sorted(p.name for p in directory.iterdir() if p.suffix in (".safetensors", *TORCH_SUFFIXES))
+    cure = f"; there is {', '.join(others)}: name such a file itself as an expert" if others else ""
+    expected = (*_CANDIDATES[library], *_INDEX) if library == "transformers" else _CANDIDATES[library]
+    raise CheckpointError(f"{directory}: no weights: expected {' or '.join(expected)}{cure}")
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    return read_header(path) if path.suffix == ".safetensors" else read_torch_header(path)
 
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:
@@ -96,7 +108,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
                 raise CheckpointError(f"{index}: the shard {shard!r} lies outside of the directory")
             if not (index.parent / shard).is_file():
                 raise CheckpointError(f"{index}: the shard {shard} is listed but absent")
-            headers[shard] = read_header(index.parent / shard)
+            headers[shard] = _read_file(index.parent / shard)
         if name not in headers[shard]:
             raise CheckpointError(f"{index}: {name!r} is listed in {shard} but is not in that file")
         tensors[name] = headers[shard][name]

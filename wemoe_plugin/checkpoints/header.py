@@ -54,6 +54,10 @@ class StoredTensor:
     offset: int
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file,)
+
+    @property
     def elements(self) -> int:
         return math.prod(self.shape)
 

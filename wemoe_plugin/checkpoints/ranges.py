@@ -6,6 +6,7 @@ large as its inputs. One descriptor per file serves all threads, since every cal
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from typing_extensions import Self
 
 from wemoe_plugin.checkpoints.checkpoint import Checkpoint
 from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor, build_header
+from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
 from wemoe_plugin.errors import CheckpointError
 
 TORCH_DTYPE: dict[str, torch.dtype] = {
@@ -60,6 +62,25 @@ class RangeReader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
 
+    def read_as(self, source: Source, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Elements of a source in a given floating-point dtype, with its LoRA change added if it has one."""
+        if isinstance(source, StoredTensor):
+            return self.read(source, start, count).to(dtype)
+        row = math.prod(source.shape[1:])
+        first, last = start // row, -(-(start + count) // row)
+        change = self._change(source, first, last, dtype).reshape(-1)[start - first * row :][:count]
+        return self.read(source.stored, start, count).to(dtype).add_(change)
+
+    def _change(self, source: AdaptedTensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows of s·B·A or of its transpose, (rows, the rest)."""
+        rank = source.down.shape[0]
+        down = self.read(source.down, 0, source.down.elements).to(dtype).view(rank, -1)
+        if source.transposed:
+            up = self.read(source.up, 0, source.up.elements).to(dtype).view(-1, rank)
+            return (down[:, first:last].T * source.scale) @ up.T
+        up = self.read(source.up, first * rank, (last - first) * rank).to(dtype).view(-1, rank)
+        return (up * source.scale) @ down
+
     def read(self, tensor: StoredTensor, start: int, count: int) -> Tensor:
         """Elements ``start`` to ``start + count`` of a tensor in storage order: a new 1-D tensor of its own dtype.
 
@@ -80,8 +101,14 @@ class RangeReader:
 
 def read_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All tensors of a checkpoint, in memory, by the names the checkpoint gives them."""
-    with RangeReader(stored.file for stored in checkpoint.tensors.values()) as reader:
-        return {name: reader.read(t, 0, t.elements).view(t.shape) for name, t in checkpoint.tensors.items()}
+    with RangeReader(file for source in checkpoint.tensors.values() for file in source.files) as reader:
+
+        def whole(source: Source) -> Tensor:
+            if isinstance(source, StoredTensor):
+                return reader.read(source, 0, source.elements).view(source.shape)
+            return reader.read_as(source, 0, source.elements, torch.float32).view(source.shape)
+
+        return {name: whole(source) for name, source in checkpoint.tensors.items()}
 
 
 class TensorFile:

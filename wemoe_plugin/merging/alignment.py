@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from wemoe_plugin.checkpoints.checkpoint import Checkpoint
-from wemoe_plugin.checkpoints.header import StoredTensor
+from wemoe_plugin.checkpoints.sources import Source
 
 
 def align(expert: Checkpoint, base: Checkpoint) -> Checkpoint:
@@ -22,9 +22,7 @@ def align(expert: Checkpoint, base: Checkpoint) -> Checkpoint:
     return expert if renamed is None else replace(expert, tensors=renamed)
 
 
-def _with_prefix(
-    tensors: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor] | None:
+def _with_prefix(tensors: Mapping[str, Source], base: Mapping[str, Source]) -> dict[str, Source] | None:
     first = next(iter(tensors))
     prefixes = [name.removesuffix(first) for name in base if name.endswith(f".{first}")]
     fitting = [prefix for prefix in prefixes if all(prefix + name in base for name in tensors)]
@@ -33,9 +31,7 @@ def _with_prefix(
     return {fitting[0] + name: tensor for name, tensor in tensors.items()}
 
 
-def _without_prefix(
-    tensors: Mapping[str, StoredTensor], base: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor] | None:
+def _without_prefix(tensors: Mapping[str, Source], base: Mapping[str, Source]) -> dict[str, Source] | None:
     prefix = next(iter(tensors)).partition(".")[0] + "."
     renamed = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return renamed if len(renamed) == len(tensors) and all(name in base for name in renamed) else None

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wemoe_plugin.checkpoints.header import StoredTensor
 from wemoe_plugin.checkpoints.ranges import TORCH_DTYPE, RangeReader, TensorFile
+from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.elementwise import mix, task_vectors
 from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, available_processors, fitting_chunk, operation_memory
@@ -68,7 +68,7 @@ def execute_plan(
         raise PlanError(f"{largest!r} needs {max(needs):,} bytes at once; --max-memory allows {max_memory:,}")
     budget = _Budget(max(needs, default=0) * jobs if max_memory is None else max_memory)
     with ExitStack() as stack:
-        reader = stack.enter_context(RangeReader(source.file for source in sources))
+        reader = stack.enter_context(RangeReader(file for source in sources for file in source.files))
         files = stack.enter_context(_allocated(plan, directory))
         stack.enter_context(_one_thread_per_operation())
         worker = _Worker(reader, files, TORCH_DTYPE[plan.dtype], progress)
@@ -180,10 +180,10 @@ class _Worker:
             self.progress(total * item.count // max(operation.sources[0].elements, 1))
 
     def _copy(self, operation: Copy, item: _Range) -> None:
-        values = self.reader.read(operation.source, item.start, item.count)
+        values = self._read_stored(operation.source, item)
         _check_finite(values, operation.source)
         for other in operation.agreeing:
-            if not torch.equal(self.reader.read(other, item.start, item.count).to(values.dtype), values):
+            if not torch.equal(self._read_stored(other, item).to(values.dtype), values):
                 raise CheckpointError(f"{other.file}: the integer buffer {other.name!r} differs from the base's")
         self._write(operation, item, values)
 
@@ -223,13 +223,18 @@ class _Worker:
 
         self._write(operation, item, mix(mixture, base, inputs()))
 
-    def _read(self, source: StoredTensor, item: _Range) -> Tensor:
-        stored = self.reader.read(source, item.start, item.count)
-        values = stored.to(self.dtype)
+    def _read(self, source: Source, item: _Range) -> Tensor:
+        values = self.reader.read_as(source, item.start, item.count, self.dtype)
         if not _is_finite(values):
-            _check_finite(stored, source)
+            _check_finite(self._read_stored(source, item), source)
             raise CheckpointError(f"{source.file}: {source.name!r} does not fit the recipe's dtype; use dtype: float32")
         return values
+
+    def _read_stored(self, source: Source, item: _Range) -> Tensor:
+        """As it is stored; the sum of a base and an adapter is stored nowhere and has the arithmetic's dtype."""
+        if isinstance(source, AdaptedTensor):
+            return self.reader.read_as(source, item.start, item.count, self.dtype)
+        return self.reader.read(source, item.start, item.count)
 
     def _write(self, operation: Operation, item: _Range, values: Tensor) -> None:
         self._store(operation.output, item.start, values)
@@ -248,7 +253,7 @@ def _is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
-def _check_finite(values: Tensor, source: StoredTensor) -> None:
+def _check_finite(values: Tensor, source: Source) -> None:
     if not _is_finite(values):
         what = "NaN" if torch.isnan(values).any() else "infinity"
         raise CheckpointError(f"{source.file}: {source.name!r} holds {what}")

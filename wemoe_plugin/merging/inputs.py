@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from wemoe_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from wemoe_plugin.checkpoints.checkpoint import Checkpoint
 from wemoe_plugin.checkpoints.header import FLOATS
+from wemoe_plugin.checkpoints.reference import open_reference
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.alignment import align
 from wemoe_plugin.recipe.loading import RecipeFile
@@ -33,15 +33,9 @@ def open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
 
     def opened(reference: str, name: str, *location: str | int) -> Model | None:
         try:
-            return Model(name, open_checkpoint(source.resolve(reference)))
+            return Model(name, open_reference(reference, source.resolve))
         except CheckpointError as error:
-            hint = ""
-            if (
-                re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", reference)
-                and not source.resolve(reference).exists()
-            ):
-                hint = f"\n    if {reference} is a hub id: fetch it first, hf download {reference} --local-dir DIR"
-            problems.append(f"{source.where(*location)}: {error}{hint}")
+            problems.append(f"{source.where(*location)}: {error}")
             return None
 
     base = opened(recipe.base_model, "base", "base_model") if recipe.base_model is not None else None
@@ -56,6 +50,8 @@ def open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
         base = models[0]
     if base.checkpoint.library is None:
         raise CheckpointError(f"{base.checkpoint.path}: the base must be a directory with its configuration")
+    if base.checkpoint.adapter is not None:
+        raise CheckpointError(f"{base.checkpoint.path}: the base must be a whole model; adapters belong to experts")
     aligned = tuple(Model(model.name, align(model.checkpoint, base.checkpoint)) for model in models)
     misfits = list(_misfits(base, aligned))
     if misfits:

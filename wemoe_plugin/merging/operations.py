@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor
+from wemoe_plugin.checkpoints.header import ITEM_BYTES
+from wemoe_plugin.checkpoints.sources import Source
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Mixture:
         scale: λ.
     """
 
-    base: StoredTensor | None
-    inputs: tuple[StoredTensor, ...]
+    base: Source | None
+    inputs: tuple[Source, ...]
     weights: tuple[float, ...]
     divisor: float = 1.0
     scale: float = 1.0
@@ -49,11 +50,11 @@ class Copy:
     """The source as it is, rounded to the output's dtype; ``agreeing`` must hold the same values."""
 
     output: OutputTensor
-    source: StoredTensor
-    agreeing: tuple[StoredTensor, ...] = ()
+    source: Source
+    agreeing: tuple[Source, ...] = ()
 
     @property
-    def sources(self) -> tuple[StoredTensor, ...]:
+    def sources(self) -> tuple[Source, ...]:
         return (self.source, *self.agreeing)
 
 
@@ -65,7 +66,7 @@ class Combine:
     mixture: Mixture
 
     @property
-    def sources(self) -> tuple[StoredTensor, ...]:
+    def sources(self) -> tuple[Source, ...]:
         return _sources(self.mixture)
 
 
@@ -85,12 +86,12 @@ class Upscale:
     rank: int | None = None
 
     @property
-    def sources(self) -> tuple[StoredTensor, ...]:
+    def sources(self) -> tuple[Source, ...]:
         return _sources(self.mixture)
 
 
 Operation = Copy | Combine | Upscale
 
 
-def _sources(mixture: Mixture) -> tuple[StoredTensor, ...]:
+def _sources(mixture: Mixture) -> tuple[Source, ...]:
     return mixture.inputs if mixture.base is None else (mixture.base, *mixture.inputs)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from wemoe_plugin.checkpoints.checkpoint import WEIGHT_NAMES
-from wemoe_plugin.checkpoints.header import FLOATS, StoredTensor
+from wemoe_plugin.checkpoints.header import FLOATS
+from wemoe_plugin.checkpoints.sources import Source
 from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.inputs import Model, open_models
 from wemoe_plugin.merging.layout import OutputFile, lay_out
@@ -120,8 +121,7 @@ class _Planner:
         self.shard_bytes = shard_bytes
         self.tensors = base.checkpoint.tensors
         self.held = {name for model in experts for name in model.checkpoint.tensors}
-        same = base.checkpoint.path.resolve() if self.recipe.base_model is not None else None
-        self.experts = tuple(m for m in experts if m.checkpoint.path.resolve() != same)
+        self.experts = tuple(m for m in experts if self.recipe.base_model is None or not _same(m, base))
         self.entries = {entry.name: entry for entry in self.recipe.models}
         self.depths = relative_depths(self.tensors)
 
@@ -245,7 +245,7 @@ class _Planner:
             return Copy(output, base)
         return Combine(output, Mixture(base, self._inputs(name, self.experts), weights, divisor, scale))
 
-    def _inputs(self, name: str, models: Iterable[Model]) -> tuple[StoredTensor, ...]:
+    def _inputs(self, name: str, models: Iterable[Model]) -> tuple[Source, ...]:
         return tuple(model.checkpoint.tensors[name] for model in models)
 
     def _output(self, name: str) -> OutputTensor:
@@ -282,3 +282,8 @@ def _divisor(weights: tuple[float, ...], normalize: bool | None) -> float:
     """What task arithmetic divides by; mergekit leaves weights that cancel as they are."""
     total = sum(weights)
     return total if normalize and abs(total) >= 1e-8 else 1.0
+
+
+def _same(model: Model, base: Model) -> bool:
+    same_path = model.checkpoint.path.resolve() == base.checkpoint.path.resolve()
+    return same_path and model.checkpoint.adapter == base.checkpoint.adapter

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from wemoe_plugin.checkpoints.header import FLOATS, StoredTensor
+from wemoe_plugin.checkpoints.header import FLOATS
+from wemoe_plugin.checkpoints.sources import Source
 from wemoe_plugin.errors import PlanError
 from wemoe_plugin.recipe.patterns import module_of
 from wemoe_plugin.recipe.schema import RouterSpec, Rule, TaskVectorSpec
@@ -76,7 +77,7 @@ def find_upscaled_modules(
     rule: Rule,
     index: int,
     claimed: Mapping[str, str],
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, Source],
     lambdas: Callable[[str], tuple[float, ...]],
 ) -> list[UpscaledModule]:
     """The modules of one wemoe rule.
@@ -140,7 +141,7 @@ def _module(
     index: int,
     spec: RouterSpec,
     form: TaskVectorSpec,
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, Source],
     lambdas: Callable[[str], tuple[float, ...]],
 ) -> UpscaledModule:
     fused = [name for name in names if name.endswith("in_proj_weight")]
@@ -178,7 +179,7 @@ def _module(
     return UpscaledModule(path, index, first, router, tuple(layers), tuple(names), form.form)
 
 
-def _is_linear_weight(name: str, tensor: StoredTensor) -> bool:
+def _is_linear_weight(name: str, tensor: Source) -> bool:
     is_matrix = len(tensor.shape) == 2 and tensor.dtype in FLOATS and name.rpartition(".")[2] == "weight"
     return is_matrix and not any(word in name.rpartition(".")[0].rpartition(".")[2] for word in _EMBEDDINGS)
 
@@ -197,7 +198,7 @@ def _layer(
     return UpscaledLayer(tensor, path, factors, rank)
 
 
-def _input_width(path: str, weights: list[str], tensors: Mapping[str, StoredTensor]) -> int:
+def _input_width(path: str, weights: list[str], tensors: Mapping[str, Source]) -> int:
     """Features of the module's input: known by the name of its first layer, or the same for all its layers."""
     for known in _FIRST_LAYERS:
         for weight in weights:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
 from wemoe_plugin.checkpoints.ranges import read_tensors
+from wemoe_plugin.checkpoints.reference import open_reference
 from wemoe_plugin.errors import CheckpointError, TuningError
 from wemoe_plugin.merging.alignment import align
 from wemoe_plugin.modeling.families import FAMILIES, ModelFamily
@@ -52,9 +52,11 @@ class Workbench:
         self.source = source
         self.device = device
         self.tasks: dict[str, TaskSpec] = source.recipe.tasks
-        self.base_path = source.resolve(source.recipe.base_model or source.recipe.models[0].model)
-        self.family: ModelFamily = FAMILIES[open_checkpoint(self.base_path).library or "transformers"]
-        self._expert_paths = {entry.name: source.resolve(entry.model) for entry in source.recipe.models}
+        base = open_reference(source.recipe.base_model or source.recipe.models[0].model, source.resolve)
+        self.base_path = base.path
+        self.family: ModelFamily = FAMILIES[base.library or "transformers"]
+        self._base = base
+        self._references = {entry.name: entry.model for entry in source.recipe.models}
         self._heads: dict[str, ZeroShotHead] = {}
         self._sets: dict[tuple[str, str], ImageSet] = {}
 
@@ -135,12 +137,11 @@ class Workbench:
 
     def expert(self, name: str) -> nn.Module:
         """The base model with an expert's tensors; what a partial expert lacks is the base's."""
-        path = self._expert_paths[name]
-        checkpoint = align(open_checkpoint(path), open_checkpoint(self.base_path))
+        checkpoint = align(open_reference(self._references[name], self.source.resolve), self._base)
         try:
             return self.family.build(self.base_path, torch.float32, read_tensors(checkpoint)).to(self.device)
         except CheckpointError as error:
-            raise CheckpointError(f"the expert {name} ({path}): {error}") from error
+            raise CheckpointError(f"the expert {name} ({self._references[name]}): {error}") from error
 
     def encode(self, model: nn.Module, pixels: Tensor) -> Tensor:
         """Image features (batch, embed) of a model."""

@@ -121,7 +121,8 @@ class ModelEntry(Strict):
     """One model to merge.
 
     Attributes:
-        model: a directory or a ``.safetensors`` file; relative paths start at the recipe, then at the current folder.
+        model: a directory, a file, a hub id, ``model@revision`` or ``model+adapter``; relative paths start at the
+            recipe, then at the current folder.
         name: names routing columns and reports; default the last part of the path.
     """
 
@@ -133,8 +134,9 @@ class ModelEntry(Strict):
     @classmethod
     def _default_name(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(data.get("model"), str) and "name" not in data:
-            last = re.split(r"[/\\]", data["model"].rstrip("/\\"))[-1]
-            data = {**data, "name": re.sub(r"[^\w.-]", "-", last.removesuffix(".safetensors")) or "model"}
+            last = re.split(r"[/\\+]", data["model"].rstrip("/\\"))[-1].partition("@")[0]
+            last = re.sub(r"\.(safetensors|bin|pt|pth|ckpt)$", "", last)
+            data = {**data, "name": re.sub(r"[^\w.-]", "-", last) or "model"}
         return data
 
     @field_validator("name")

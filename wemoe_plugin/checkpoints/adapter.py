@@ -1,0 +1,183 @@
+"""PEFT LoRA adapters laid over a base, by names and headers alone: no merged copy exists on disk or in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wemoe_plugin.checkpoints.checkpoint import Checkpoint
+from wemoe_plugin.checkpoints.header import StoredTensor, read_header
+from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
+from wemoe_plugin.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_PREFIX = "base_model.model."
+_WEIGHTS = "adapter_model.safetensors"
+_UNDERSTOOD = (
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "exclude_modules"),
+    *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha"),
+    *(
+        "lora_dropout",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+    ),
+    *("target_modules", "task_type", "use_rslora"),
+)
+"""Fields of PEFT's configuration that change nothing about s·B·A, or that are followed here."""
+
+_HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Models of transformers whose layers store their weights as (in, out), whatever the configuration says."""
+
+_FACTORS = {
+    "lora_A.weight": ("A", "weight"),
+    "lora_B.weight": ("B", "weight"),
+    "lora_embedding_A": ("A", "weight"),
+    "lora_embedding_B": ("B", "weight"),
+    "lora_B.bias": ("bias", "bias"),
+}
+
+
+def apply_adapter(base: Checkpoint, adapter: Path) -> Checkpoint:
+    """The base with an adapter's changes.
+
+    Rank and alpha patterns, rsLoRA, ``fan_in_fan_out``, ``modules_to_save``, tuned biases, embeddings, Conv1D and
+    convolutions are read as PEFT reads them.
+
+    Raises:
+        CheckpointError: it is no LoRA adapter, is of a kind whose change is not s·B·A, does not fit the base, or has
+            a tensor that nothing uses.
+    """
+    config = _read_config(adapter)
+    weights = adapter / _WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{adapter}: {_WEIGHTS} is absent")
+    tensors: dict[str, Source] = dict(base.tensors)
+    outer = _outer_name(adapter, read_header(weights), tensors)
+    changes: dict[str, dict[str, StoredTensor]] = {}
+    modules: dict[str, str] = {}
+    for key, tensor in read_header(weights).items():
+        inner = key.removeprefix(_PREFIX)
+        for suffix, (role, parameter) in _FACTORS.items():
+            if inner.endswith(f".{suffix}"):
+                module = inner.removesuffix(f".{suffix}")
+                name = f"{outer}{module}.{parameter}"
+                changes.setdefault(name, {})[role] = tensor
+                modules[name] = module
+                break
+        else:
+            name = outer + inner
+            if name not in tensors:
+                raise CheckpointError(f"{weights}: nothing uses {key!r}; the base has no {name!r}")
+            tensors[name] = _replaced(weights, tensors[name], tensor)
+    stored_transposed = config.fan_in_fan_out or base.config.get("model_type") in _CONV1D_MODELS
+    for name, factors in changes.items():
+        tensors[name] = _adapted(weights, name, modules[name], factors, tensors, config, stored_transposed)
+    return replace(base, tensors=tensors, adapter=adapter)
+
+
+def _read_config(adapter: Path) -> LoraConfig:
+    from peft import LoraConfig, PeftConfig
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise CheckpointError(f"{adapter}: not a PEFT adapter: adapter_config.json is absent")
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except Exception as error:  # PEFT raises anything, down to KeyError for kinds it does not know
+        raise CheckpointError(f"{adapter}: PEFT cannot read its configuration: {error}") from None
+    if not isinstance(config, LoraConfig):
+        raise CheckpointError(f"{adapter}: a {config.peft_type} adapter; only LoRA can be merged")
+    plain = LoraConfig()
+    for name, value in vars(config).items():
+        if name in _UNDERSTOOD or name.startswith("_") or value == getattr(plain, name, None):
+            continue
+        raise CheckpointError(
+            f"{adapter}: uses {name}, with which the change of the weights may not be s·B·A; merge it with PEFT's "
+            "merge_and_unload and name the result"
+        )
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _HARMLESS_STARTS:
+        raise CheckpointError(
+            f"{adapter}: was started with init_lora_weights {config.init_lora_weights!r}, which changes the base's "
+            "weights; merge it with PEFT's merge_and_unload and name the result"
+        )
+    return config
+
+
+def _outer_name(adapter: Path, keys: Iterable[str], base: Mapping[str, Source]) -> str:
+    """What the base's file puts before the names the adapter knows, usually nothing."""
+    names = []
+    for key in keys:
+        if not key.startswith(_PREFIX):
+            raise CheckpointError(f"{adapter / _WEIGHTS}: {key!r} does not begin with {_PREFIX}")
+        inner = key.removeprefix(_PREFIX)
+        for suffix, (_, parameter) in _FACTORS.items():
+            if inner.endswith(f".{suffix}"):
+                inner = f"{inner.removesuffix(f'.{suffix}')}.{parameter}"
+                break
+        names.append(inner)
+    if not names:
+        raise CheckpointError(f"{adapter / _WEIGHTS}: holds no tensors")
+    if names[0] in base:
+        return ""
+    outers = [name.removesuffix(names[0]) for name in base if name.endswith(f".{names[0]}")]
+    fitting = [outer for outer in outers if all(outer + name in base for name in names)]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def _replaced(weights: Path, stored: Source, tensor: StoredTensor) -> StoredTensor:
+    if stored.shape != tensor.shape:
+        shapes = f"{list(tensor.shape)}, the base {list(stored.shape)}"
+        raise CheckpointError(f"{weights}: {tensor.name!r} has shape {shapes}")
+    return tensor
+
+
+def _adapted(
+    weights: Path,
+    name: str,
+    module: str,
+    factors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, Source],
+    config: LoraConfig,
+    stored_transposed: bool,
+) -> AdaptedTensor:
+    if name not in tensors:
+        used = next(iter(factors.values())).name
+        raise CheckpointError(f"{weights}: nothing uses {used!r}; the base has no {name!r}")
+    if set(factors) != {"A", "B"}:
+        if "bias" in factors:
+            raise CheckpointError(
+                f"{weights}: {factors['bias'].name!r}: biases inside of LoRA (lora_bias) are not merged"
+            )
+        (role,) = factors
+        raise CheckpointError(f"{weights}: {factors[role].name!r} has no other factor beside it")
+    stored, down, up = tensors[name], factors["A"], factors["B"]
+    if not isinstance(stored, StoredTensor):
+        raise CheckpointError(f"{weights}: {name!r} has an adapter already")
+    rank, columns, rows = down.shape[0], math.prod(down.shape[1:]), up.shape[0]
+    flat = (stored.shape[0], math.prod(stored.shape[1:]))
+    embedding = down.name.endswith("lora_embedding_A")
+    transposed = embedding or stored_transposed or (rows, columns) != flat
+    if math.prod(up.shape[1:]) != rank or ((columns, rows) if transposed else (rows, columns)) != flat:
+        factors_are = f"{down.name!r} {list(down.shape)} and B {list(up.shape)}"
+        raise CheckpointError(f"{weights}: {factors_are} do not fit {name!r} {list(stored.shape)}")
+    alpha = _pattern_value(config.alpha_pattern, module, config.lora_alpha)
+    scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    return AdaptedTensor(stored, down, up, scale, transposed)
+
+
+def _pattern_value(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
+    """The value of the first key that matches a module's name, as PEFT looks it up."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = dict(pattern or {})
+    return patterns.get(get_pattern_key(list(patterns), module), default)

@@ -1,0 +1,59 @@
+"""What a merge reads by ranges: a tensor in a file, or one with a LoRA change on top."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from wemoe_plugin.checkpoints.header import StoredTensor
+
+
+@dataclass(frozen=True)
+class AdaptedTensor:
+    """W + s·B·A, or for weights stored as (in, out) W + s·(B·A)ᵀ; read by ranges like a `StoredTensor`.
+
+    Attributes:
+        stored: W.
+        down: A, (rank, in); for convolutions (rank, in, height, width).
+        up: B, (out, rank).
+        scale: s, alpha / rank or with rsLoRA alpha / √rank.
+        transposed: whether the weight is stored as (in, out).
+    """
+
+    stored: StoredTensor
+    down: StoredTensor
+    up: StoredTensor
+    scale: float
+    transposed: bool
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.stored.file, self.down.file, self.up.file)
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def elements(self) -> int:
+        return self.stored.elements
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.nbytes + self.down.nbytes + self.up.nbytes
+
+
+Source = StoredTensor | AdaptedTensor
+"""Whatever a merge can read by ranges."""
