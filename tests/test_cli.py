@@ -224,7 +224,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a hub id": (
         lambda d: edit(d / "recipe.yaml", ("base_model: models/base", "base_model: openai/clip-vit-base-patch32")),
-        "fetch it first, hf download openai/clip-vit-base-patch32 --local-dir DIR",
+        "no such directory or file, and the hub has no openai/clip-vit-base-patch32",
     ),
     "a method of mergekit": (
         lambda d: edit(d / "recipe.yaml", ("merge_method: task_arithmetic", "merge_method: ties")),

@@ -230,6 +230,23 @@ def evaluate_command(
         print_json(scores.to_json())
 
 
+@app.command("convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A torch file: .bin, .pt, .pth, .ckpt.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="The new directory.")],
+    like: Annotated[
+        Path | None, typer.Option(help="A model directory whose configuration goes with the weights.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn a torch file into safetensors, reading tensors only: no code in it is ever run."""
+    from wemoe_plugin.pipeline.convert import convert
+
+    count = convert(source, out, like, force=force)
+    speaker(quiet)(f"wrote {count} tensors: {out}")
+
+
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Where to put recipe, data and results.")] = Path("wemoe-demo"),

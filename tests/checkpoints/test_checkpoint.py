@@ -81,11 +81,14 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not valid JSON"):
         open_checkpoint(tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text("{}")
-    (tmp_path / "empty" / "pytorch_model.bin").write_text("x")
-    with pytest.raises(CheckpointError, match=r"no weights.*pytorch_model\.bin is a torch file"):
+    (tmp_path / "empty" / "epoch_3.pt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"no weights.*there is epoch_3\.pt: name such a file itself"):
         open_checkpoint(tmp_path / "empty")
-    with pytest.raises(CheckpointError, match="not a safetensors file"):
-        open_checkpoint(tmp_path / "empty" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"not a torch file of version 1\.6 or later"):
+        open_checkpoint(tmp_path / "empty" / "epoch_3.pt")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="neither a safetensors file nor a torch file"):
+        open_checkpoint(tmp_path / "notes.txt")
 
 
 def test_the_name_open_clip_itself_prefers_comes_first(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def apply_adapter(base: Checkpoint, adapter: Path) -> Checkpoint:
     changes: dict[str, dict[str, StoredTensor]] = {}
     modules: dict[str, str] = {}
     for key, tensor in read_header(weights).items():
-        inner = key.removeprefix(_PREFIX)
+        inner = _plain_name(key)
         for suffix, (role, parameter) in _FACTORS.items():
             if inner.endswith(f".{suffix}"):
                 module = inner.removesuffix(f".{suffix}")
@@ -119,7 +119,7 @@ def _outer_name(adapter: Path, keys: Iterable[str], base: Mapping[str, Source]) 
     for key in keys:
         if not key.startswith(_PREFIX):
             raise CheckpointError(f"{adapter / _WEIGHTS}: {key!r} does not begin with {_PREFIX}")
-        inner = key.removeprefix(_PREFIX)
+        inner = _plain_name(key)
         for suffix, (_, parameter) in _FACTORS.items():
             if inner.endswith(f".{suffix}"):
                 inner = f"{inner.removesuffix(f'.{suffix}')}.{parameter}"
@@ -132,6 +132,11 @@ def _outer_name(adapter: Path, keys: Iterable[str], base: Mapping[str, Source]) 
     outers = [name.removesuffix(names[0]) for name in base if name.endswith(f".{names[0]}")]
     fitting = [outer for outer in outers if all(outer + name in base for name in names)]
     return fitting[0] if len(fitting) == 1 else ""
+
+
+def _plain_name(key: str) -> str:
+    """The name without what PEFT wraps around it; a wrapped layer's own tensors lie in its ``base_layer``."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 
 def _replaced(weights: Path, stored: Source, tensor: StoredTensor) -> StoredTensor:

@@ -52,13 +52,21 @@ class _TensorRecord:
 
 
 class _Opaque:
-    """Stands for a value of a class that is not a tensor; it has no behaviour and nothing of it is called."""
+    """Stands for a value of a class that is not a tensor: it takes whatever a pickle does to it, and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def __call__(self, *args: Any, **kwargs: Any) -> _Opaque:
+        return self
+
     def __setstate__(self, state: Any) -> None:
         pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    append = extend = add = __call__
 
 
 def read_torch_header(path: Path, *, opaque: bool = False) -> dict[str, StoredTensor]:
@@ -137,9 +145,7 @@ def _locate(
         step *= axis
     contiguous = all(a == b or n == 1 for a, b, n in zip(record.stride, reversed(expected), record.shape, strict=True))
     if not contiguous and step:
-        raise CheckpointError(
-            f"{path}: {name!r} is a view of another order (stride {list(record.stride)}); save a copy"
-        )
+        raise CheckpointError(f"{path}: {name!r} is a view with stride {list(record.stride)}; save a copy of it")
     width = ITEM_BYTES[storage.dtype]
     if (record.offset + step) * width > info.file_size:
         raise CheckpointError(f"{path}: the data of {name!r} is shorter than its shape")
@@ -195,7 +201,7 @@ class _StateDictUnpickler(pickle.Unpickler):
             return _Opaque
         raise CheckpointError(
             f"{self.path}: needs {module}.{name} to be loaded, and a checkpoint must not run code; "
-            f"wemoe-merge convert {self.path} OUT reads its tensors and nothing else"
+            f"wemoe-merge convert {self.path} DIR reads its tensors and nothing else"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
