@@ -7,7 +7,7 @@ import os
 from wemoe_plugin.checkpoints.header import ITEM_BYTES
 from wemoe_plugin.merging.operations import Operation, Upscale
 
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 18
 """Elements per range: small enough that a range and its sums stay in a processor's cache."""
 
 
