@@ -398,8 +398,15 @@ def test_the_demo_replaces_its_own_folder_only(tmp_path: Path) -> None:
     prepare_demo(own, tune_images=2, score_images=12)
     prepare_demo(own, force=True, tune_images=3, score_images=12)
     assert len(list((own / "data" / "digits" / "tune").iterdir())) == 3
-    (own / "notes.txt").write_text("mine")
-    with pytest.raises(PlanError, match=r"this holds notes\.txt as well"):
+    for name in ("notes.txt", "data/digits/tune/mine.png", "models/mine/x"):
+        (own / name).parent.mkdir(exist_ok=True)
+        (own / name).write_text("mine")
+        with pytest.raises(PlanError, match=f"this holds {name} as well"):
+            prepare_demo(own, force=True, tune_images=2, score_images=12)
+        (own / name).unlink()
+    (own / "merged").mkdir()
+    (own / "merged" / "mine").write_text("mine")
+    with pytest.raises(PlanError, match=r"in merged, this has no manifest\.json of ours"):
         prepare_demo(own, force=True, tune_images=2, score_images=12)
 
 

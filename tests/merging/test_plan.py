@@ -340,7 +340,9 @@ def test_keywords_that_find_nothing_say_why(tmp_path: Path) -> None:
     open_clip_family(tmp_path)
     for name in ("base", "e0", "e1"):
         save_state({"x.weight": torch.zeros(2, 2)}, tmp_path / name / "open_clip_model.safetensors")
-    assert "its layers have none of the known names" in refusal(tmp_path, "rules: [{match: mlp, merge_method: wemoe}]")
+    assert "no module holds just the layers of a known family" in refusal(
+        tmp_path, "rules: [{match: mlp, merge_method: wemoe}]"
+    )
 
 
 def test_weights_that_cancel_cannot_be_normalized(tmp_path: Path) -> None:

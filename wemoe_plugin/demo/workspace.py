@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from wemoe_plugin.checkpoints.manifest import doubt_output
 from wemoe_plugin.checkpoints.staging import staged_directory
 from wemoe_plugin.demo.images import TASKS, DrawnTask, draw_images
 
@@ -41,8 +42,7 @@ tasks: tasks.yaml
 # Tune the routers without labels: follow each task's own expert.
 tuning: {{objective: distill, steps: {steps}, learning_rate: {rate}, batch_size: 16, seed: {seed}}}
 """
-_MARKER = ".wemoe-demo"
-_CONTENTS = {_MARKER, "recipe.yaml", "tasks.yaml", "models", "data", "merged"}
+_MARKER = ".wemoe-demo"  # lists what the demo wrote, so that --force deletes nothing else
 STEPS, LEARNING_RATE = 300, 1e-2
 
 
@@ -75,7 +75,6 @@ def prepare_demo(
     """
     say(f"drawing {len(TASKS) * (tune_images + score_images):,} images of {', '.join(task.name for task in TASKS)}")
     with staged_directory(directory, force, _doubt) as work:
-        (work / _MARKER).write_text("Made by wemoe-merge demo; demo --force replaces this folder.\n", encoding="utf-8")
         with as_file(files("wemoe_plugin.demo") / "checkpoints") as checkpoints:
             for source in sorted(path for path in checkpoints.iterdir() if path.is_dir()):
                 shutil.copytree(source, work / "models" / source.name)
@@ -84,14 +83,22 @@ def prepare_demo(
         (work / "tasks.yaml").write_text("\n".join(_task_yaml(task) for task in TASKS), encoding="utf-8")
         recipe = RECIPE.format(steps=steps, rate=LEARNING_RATE, seed=seed)
         (work / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        written = sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
+        (work / _MARKER).write_text("\n".join(written) + "\n", encoding="utf-8")
     return directory / "recipe.yaml"
 
 
 def _doubt(directory: Path) -> str | None:
-    """Why a folder is not, or not only, an earlier demo."""
-    if not (directory / _MARKER).is_file():
+    """Why a folder is not, or not only, an earlier demo and its merge."""
+    marker, merged = directory / _MARKER, directory / "merged"
+    if not marker.is_file():
         return "this was not made by the demo"
-    others = sorted({path.name for path in directory.iterdir()} - _CONTENTS)
+    if merged.is_dir() and any(merged.iterdir()) and (reason := doubt_output(merged)):
+        return f"in merged, {reason}"
+    known = {_MARKER, *marker.read_text(encoding="utf-8").splitlines()}
+    files = (path for path in directory.rglob("*") if path.is_file() and merged not in path.parents)
+    found = {str(path.relative_to(directory)) for path in files}
+    others = sorted(found - known)
     return f"this holds {others[0]} as well" if others else None
 
 

@@ -165,7 +165,7 @@ class _Planner:
                 near = nearest_modules(rule.match.globs, self.tensors)
                 hint = f"\n    nearest: {near}" if near else ""
                 if any(glob in KEYWORDS for glob in rule.match.globs):
-                    hint = "\n    its layers have none of the known names; name the modules with a glob"
+                    hint = "\n    no module holds just the layers of a known family; name its modules with a glob"
                 base = self.base.checkpoint.path
                 problems.append(f"{where}: rules[{i}].match {str(rule.match)!r} matches no tensor of {base}{hint}")
             elif not free:

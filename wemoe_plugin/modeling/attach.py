@@ -139,7 +139,10 @@ def _find(model: nn.Module, path: str) -> str:
     for candidate in candidates:
         if candidate in known:
             return candidate
-    raise CheckpointError(f"this {type(model).__name__} has no module {path!r}; is it the model the recipe merged?")
+    raise CheckpointError(
+        f"this {type(model).__name__} has no module {path!r}: it is another model than the recipe's, or "
+        "its library names modules otherwise than files do, which cannot be upscaled yet"
+    )
 
 
 def load_routers(directory: Path, config: WemoeConfig) -> dict[str, Router]:

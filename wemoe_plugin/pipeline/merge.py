@@ -82,7 +82,8 @@ def _check_modules(plan: MergePlan) -> None:
     problems = [] if model is None else misplaced_layers(model, wemoe_config(plan))
     if problems:
         more = f"\nand {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise PlanError("\n".join(problems[:3]) + more)
+        cure = "\n(a rule before it, with a static method, can claim what cannot be upscaled: the first match wins)"
+        raise PlanError("\n".join(problems[:3]) + more + cure)
 
 
 def _common_dtype(plan: MergePlan) -> str | None:
