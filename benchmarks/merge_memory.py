@@ -1,6 +1,6 @@
 """Peak memory of a merge above the imported process, for models of about 0.2 GB and 2 GB.
 
-    python benchmarks/merge_memory.py [--experts 2]
+    python benchmarks/merge_memory.py [--experts 2 --repeats 5]
 
 Each merge runs in a process of its own, which reports what is resident before it and the peak during it.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,6 +53,7 @@ def run_merge(recipe: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--run", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -60,7 +63,7 @@ def main() -> None:
     print(
         f"task arithmetic and dense WEMoE MLPs, {options.experts} experts, bfloat16, 2 threads; MB above the import\n"
     )
-    print(f"{'model':>8}{'read':>10}{'peak':>9}{'predicted':>11}{'imported':>10}")
+    print(f"{'model':>8}{'read':>10}{'peak':>9}{'min - max':>16}{'predicted':>11}{'imported':>10}")
     peaks = []
     for layers in (8, 80):
         with tempfile.TemporaryDirectory() as folder:
@@ -78,12 +81,18 @@ def main() -> None:
                 "rules: [{match: mlp, merge_method: wemoe}]\n"
             )
             command = [sys.executable, __file__, "--run", str(recipe), str(directory / "out")]
-            child = subprocess.run(command, check=True, capture_output=True, text=True)
-            seen = json.loads(child.stdout)
+            runs = []
+            for _ in range(options.repeats):
+                child = subprocess.run(command, check=True, capture_output=True, text=True)
+                runs.append(json.loads(child.stdout))
+                shutil.rmtree(directory / "out")
+        seen = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        low, high = (f(run["merge"] for run in runs) / 1e6 for f in (min, max))
         peaks.append(seen["merge"])
-        columns = (seen["read"] / 1e9, seen["merge"] / 1e6, seen["predicted"] / 1e6, seen["imported"] / 1e6)
-        print("{:>5.2f} GB{:>7.2f} GB{:>9.1f}{:>11.1f}{:>10.0f}".format(size / 1e9, *columns))
-    print(f"\nratio of the peaks: {peaks[1] / peaks[0]:.2f}")
+        columns = (seen["read"] / 1e9, seen["merge"] / 1e6, low, high, seen["predicted"] / 1e6, seen["imported"] / 1e6)
+        row = "{:>5.2f} GB{:>7.2f} GB{:>9.1f}{:>8.1f} -{:>6.1f}{:>11.1f}{:>10.0f}"
+        print(row.format(size / 1e9, *columns))
+    print(f"\nratio of the median peaks: {peaks[1] / peaks[0]:.2f}")
 
 
 if __name__ == "__main__":

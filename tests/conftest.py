@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,3 +39,19 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
         return int(stopped.value.code or 0), output.out, output.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's folder with few images and few steps."""
+    from wemoe_plugin.demo.workspace import prepare_demo
+
+    directory = tmp_path_factory.mktemp("pristine") / "demo"
+    prepare_demo(directory, tune_images=24, score_images=24, steps=4)
+    return directory
+
+
+@pytest.fixture
+def demo(pristine: Path, tmp_path: Path) -> Path:
+    """A copy of it that the test may damage."""
+    return Path(shutil.copytree(pristine, tmp_path / "demo"))

@@ -21,6 +21,7 @@ from wemoe_plugin.checkpoints.ranges import RangeReader, read_tensors
 from wemoe_plugin.checkpoints.reference import open_reference
 from wemoe_plugin.checkpoints.sources import AdaptedTensor
 from wemoe_plugin.errors import CheckpointError
+from wemoe_plugin.merging.memory import operation_memory
 from wemoe_plugin.merging.plan import plan_merge
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.recipe.loading import load_recipe
@@ -139,6 +140,19 @@ def test_a_merge_of_adapters_is_the_merge_of_the_merged_models(tmp_path: Path) -
     torch.testing.assert_close(vectors[f"{name}.task_vectors"], difference, rtol=1e-4, atol=1e-6)
 
 
+def test_the_predicted_memory_counts_the_adapter(tmp_path: Path) -> None:
+    adapt(LlamaForCausalLM(LLAMA), tmp_path, target_modules=["q_proj"])
+    recipe = "base_model: base\nmodels: [{model: MODEL}]\nmerge_method: task_arithmetic\n"
+    needs = {}
+    for model in ("merged", "base+adapter"):
+        (tmp_path / "recipe.yaml").write_text(recipe.replace("MODEL", model))
+        plan = plan_merge(load_recipe(tmp_path / "recipe.yaml"))
+        operation = next(o for o in plan.operations if o.output.name == "model.layers.0.self_attn.q_proj.weight")
+        needs[model] = operation_memory(operation, 256, "F32")
+    change, factors = 2 * 256, 2 * 4 * 16
+    assert needs["base+adapter"] == needs["merged"] + 4 * (change + factors)
+
+
 def change_config(directory: Path, **changes: Any) -> None:
     path = directory / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -158,7 +172,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
     ("damage", "message"),
     [
         (lambda d: change_config(d, use_dora=True), "uses use_dora, with which the change"),
-        (lambda d: change_config(d, peft_type="IA3"), "a PeftType.IA3 adapter; only LoRA can be merged"),
+        (lambda d: change_config(d, peft_type="IA3"), "a IA3 adapter; only LoRA can be merged"),
         (lambda d: change_config(d, layer_replication=[[0, 1], [0, 1]]), "uses layer_replication"),
         (lambda d: change_config(d, init_lora_weights="pissa"), "was started with init_lora_weights 'pissa'"),
         (lambda d: (d / "adapter" / "adapter_config.json").unlink(), "adapter_config.json is absent"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def planned(directory: Path, text: str) -> MergePlan:
     return plan_merge(load_recipe(path), shard_bytes=60_000)
 
 
-def executed(plan: MergePlan, out: Path, **options: int) -> dict[str, torch.Tensor]:
+def executed(plan: MergePlan, out: Path, **options: Any) -> dict[str, torch.Tensor]:
     out.mkdir()
     execute_plan(plan, out, **options)
     return {name: t for file in plan.files for name, t in load_file(out / file.name).items()}
@@ -198,6 +199,22 @@ def test_work_waits_until_its_memory_is_free(tmp_path: Path, monkeypatch: pytest
     assert most > 1
 
 
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_failure_ends_the_work_of_all_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int) -> None:
+    open_clip_family(tmp_path)
+    plan = planned(tmp_path, "merge_method: task_arithmetic\n")
+    calls: list[int] = []
+
+    def failing(worker: executor._Worker, item: executor._Range) -> None:
+        calls.append(1)
+        raise CheckpointError("broken")
+
+    monkeypatch.setattr(executor._Worker, "run", failing)
+    with pytest.raises(CheckpointError, match="broken"):
+        executed(plan, tmp_path / "out", jobs=jobs, chunk_elements=10)
+    assert len(calls) <= jobs
+
+
 def test_the_predicted_memory_covers_a_decomposition(tmp_path: Path) -> None:
     open_clip_family(tmp_path)
     plan = planned(tmp_path, LOW_RANK)
@@ -225,10 +242,10 @@ def test_values_too_large_for_the_output_are_refused(tmp_path: Path, value: floa
 def test_progress_adds_up_to_the_bytes_read(tmp_path: Path) -> None:
     transformers_family(tmp_path)
     plan = planned(tmp_path, "merge_method: task_arithmetic\nrules: [{match: mlp, merge_method: wemoe}]\n")
-    seen: list[int] = []
-    (tmp_path / "out").mkdir()
-    execute_plan(plan, tmp_path / "out", progress=seen.append)
-    assert sum(seen) == plan.bytes_read
+    for chunk in (37, 1 << 20):
+        seen: list[int] = []
+        executed(plan, tmp_path / f"out{chunk}", chunk_elements=chunk, progress=seen.append)
+        assert sum(seen) == plan.bytes_read
 
 
 def test_inputs_are_left_alone(tmp_path: Path) -> None:

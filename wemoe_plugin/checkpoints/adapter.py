@@ -21,17 +21,8 @@ _WEIGHTS = "adapter_model.safetensors"
 _UNDERSTOOD = (
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "exclude_modules"),
     *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha"),
-    *(
-        "lora_dropout",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-    ),
-    *("target_modules", "task_type", "use_rslora"),
+    *("lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision"),
+    *("runtime_config", "target_modules", "task_type", "use_rslora"),
 )
 """Fields of PEFT's configuration that change nothing about s·B·A, or that are followed here."""
 
@@ -96,7 +87,8 @@ def _read_config(adapter: Path) -> LoraConfig:
     except Exception as error:  # PEFT raises anything, down to KeyError for kinds it does not know
         raise CheckpointError(f"{adapter}: PEFT cannot read its configuration: {error}") from None
     if not isinstance(config, LoraConfig):
-        raise CheckpointError(f"{adapter}: a {config.peft_type} adapter; only LoRA can be merged")
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise CheckpointError(f"{adapter}: a {kind} adapter; only LoRA can be merged")
     plain = LoraConfig()
     for name, value in vars(config).items():
         if name in _UNDERSTOOD or name.startswith("_") or value == getattr(plain, name, None):

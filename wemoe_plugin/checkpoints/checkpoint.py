@@ -50,7 +50,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the headers of a model directory (open_clip or transformers, one file or sharded) or a safetensors file.
+    """Read the headers of a model directory (open_clip or transformers, one file or sharded) or of a lone file.
 
     Raises:
         CheckpointError: nothing is there, it is not a model, a shard is absent, or a file is damaged.

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from wemoe_plugin.checkpoints.checkpoint import TRANSFORMERS_CONFIG
+from wemoe_plugin.checkpoints.header import SAFETENSORS_DTYPE
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _OURS = (
@@ -14,7 +15,7 @@ _OURS = (
     *("results.json", "report.html", "routing.svg"),
 )
 
-_TORCH_NAME = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TORCH_NAME = {stored: name for name, stored in SAFETENSORS_DTYPE.items()}
 
 
 def copy_companions(source: Path, target: Path, dtype: str | None) -> None:

@@ -32,6 +32,9 @@ ITEM_BYTES: Mapping[str, int] = {
 }
 """Bytes per element of the dtypes that can be merged or copied."""
 
+SAFETENSORS_DTYPE = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""From the names torch, transformers and recipes use to safetensors'."""
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 

@@ -71,6 +71,12 @@ class RangeReader:
         change = self._change(source, first, last, dtype).reshape(-1)[start - first * row :][:count]
         return self.read(source.stored, start, count).to(dtype).add_(change)
 
+    def read_stored(self, source: Source, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Elements as they are stored; those with a LoRA change are stored nowhere and come in ``dtype``."""
+        if isinstance(source, StoredTensor):
+            return self.read(source, start, count)
+        return self.read_as(source, start, count, dtype)
+
     def _change(self, source: AdaptedTensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows of s·B·A or of its transpose, (rows, the rest)."""
         rank = source.down.shape[0]
@@ -102,13 +108,10 @@ class RangeReader:
 def read_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All tensors of a checkpoint, in memory, by the names the checkpoint gives them."""
     with RangeReader(file for source in checkpoint.tensors.values() for file in source.files) as reader:
-
-        def whole(source: Source) -> Tensor:
-            if isinstance(source, StoredTensor):
-                return reader.read(source, 0, source.elements).view(source.shape)
-            return reader.read_as(source, 0, source.elements, torch.float32).view(source.shape)
-
-        return {name: whole(source) for name, source in checkpoint.tensors.items()}
+        return {
+            name: reader.read_stored(source, 0, source.elements, torch.float32).view(source.shape)
+            for name, source in checkpoint.tensors.items()
+        }
 
 
 class TensorFile:

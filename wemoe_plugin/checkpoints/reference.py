@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from wemoe_plugin.checkpoints.adapter import apply_adapter
@@ -15,47 +14,20 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
-@dataclass(frozen=True)
-class ModelReference:
-    """A model as it was named, and where it lies.
-
-    Attributes:
-        text: as the recipe has it.
-        path: its directory or file.
-        adapter: the directory of a PEFT adapter to be applied, if one is named.
-    """
-
-    text: str
-    path: Path
-    adapter: Path | None = None
-
-
-def find_reference(text: str, resolve: Callable[[str], Path]) -> ModelReference:
-    """Find a model, in the local hub cache or on the hub if it is no local path.
+def open_reference(text: str, resolve: Callable[[str], Path]) -> Checkpoint:
+    """The checkpoint a recipe names, its adapter applied; from the hub or its local cache if it is no local path.
 
     Args:
         text: what the recipe says.
         resolve: from a relative path to where it would lie.
 
     Raises:
-        CheckpointError: nothing is there.
-    """
-    whole = resolve(text)
-    if whole.exists() or "+" not in text:
-        return ModelReference(text, _find(text, resolve))
-    model, _, adapter = text.rpartition("+")
-    return ModelReference(text, _find(model, resolve), _find(adapter, resolve))
-
-
-def open_reference(text: str, resolve: Callable[[str], Path]) -> Checkpoint:
-    """The checkpoint a recipe names, its adapter applied; see `find_reference` for the arguments.
-
-    Raises:
         CheckpointError: it is not there, is damaged, or the adapter does not fit.
     """
-    reference = find_reference(text, resolve)
-    checkpoint = open_checkpoint(reference.path)
-    return checkpoint if reference.adapter is None else apply_adapter(checkpoint, reference.adapter)
+    if resolve(text).exists() or "+" not in text:
+        return open_checkpoint(_find(text, resolve))
+    model, _, adapter = text.rpartition("+")
+    return apply_adapter(open_checkpoint(_find(model, resolve)), _find(adapter, resolve))
 
 
 def _find(text: str, resolve: Callable[[str], Path]) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from wemoe_plugin.checkpoints.ranges import TORCH_DTYPE, RangeReader, TensorFile
-from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
+from wemoe_plugin.checkpoints.sources import Source
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.elementwise import mix, task_vectors
-from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, available_processors, fitting_chunk, operation_memory
+from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, available_processors, fitting_chunk, piece_memory
 from wemoe_plugin.merging.operations import Combine, Copy, Operation, OutputTensor, Upscale
 from wemoe_plugin.merging.plan import MergePlan
 from wemoe_plugin.task_vectors.low_rank import truncated_svd
@@ -60,35 +60,61 @@ def execute_plan(
     jobs = jobs or available_processors()
     if max_memory is not None:
         chunk_elements = fitting_chunk(plan.operations, plan.dtype, chunk_elements, max_memory)
-    sources = [source for operation in plan.operations for source in operation.sources]
-    work = list(_ranges(plan, chunk_elements))
-    needs = [operation_memory(item.operation, item.count, plan.dtype) for item in work]
-    if max_memory is not None and max(needs, default=0) > max_memory:
-        largest = work[needs.index(max(needs))].operation.output.name
-        raise PlanError(f"{largest!r} needs {max(needs):,} bytes at once; --max-memory allows {max_memory:,}")
-    budget = _Budget(max(needs, default=0) * jobs if max_memory is None else max_memory)
+    needs = {o.output.name: piece_memory(o, plan.dtype, chunk_elements) for o in plan.operations}
+    largest = max(needs, key=lambda name: needs[name])
+    if max_memory is not None and needs[largest] > max_memory:
+        raise PlanError(f"{largest!r} needs {needs[largest]:,} bytes at once; --max-memory allows {max_memory:,}")
+    budget = _Budget(needs[largest] * jobs if max_memory is None else max_memory)
     with ExitStack() as stack:
-        reader = stack.enter_context(RangeReader(file for source in sources for file in source.files))
-        files = stack.enter_context(_allocated(plan, directory))
+        files = {file for operation in plan.operations for source in operation.sources for file in source.files}
+        reader = stack.enter_context(RangeReader(files))
+        places = stack.enter_context(_allocated(plan, directory))
         stack.enter_context(_one_thread_per_operation())
-        worker = _Worker(reader, files, TORCH_DTYPE[plan.dtype], progress)
-        pool = ThreadPoolExecutor(jobs, thread_name_prefix="merge")
-        try:
-            futures = [
-                pool.submit(_within, budget, need, worker.run, item) for item, need in zip(work, needs, strict=True)
-            ]
-            _raise_first(futures)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        worker = _Worker(reader, places, TORCH_DTYPE[plan.dtype], progress)
+        queue = _Queue(_ranges(plan, chunk_elements))
+
+        def drain() -> None:
+            for item in queue:
+                with queue.ended_by_failure(), budget.holding(needs[item.operation.output.name]):
+                    worker.run(item)
+
+        with ThreadPoolExecutor(jobs, thread_name_prefix="merge") as pool, queue.ended_by_failure():
+            for future in [pool.submit(drain) for _ in range(jobs)]:
+                future.result()
 
 
 def _ranges(plan: MergePlan, chunk_elements: int) -> Iterator[_Range]:
     for operation in plan.operations:
         total = operation.output.elements
-        whole = isinstance(operation, Upscale) and operation.rank is not None
-        step = total if whole else chunk_elements
+        step = total if operation.whole else chunk_elements
         for start in range(0, total, max(step, 1)):
             yield _Range(operation, start, min(step, total - start))
+
+
+class _Queue:
+    """Hands every range to one thread; made as they are drawn, so that a large model needs no long list of them."""
+
+    def __init__(self, items: Iterator[_Range]) -> None:
+        self._items = items
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[_Range]:
+        while True:
+            with self._lock:
+                item = next(self._items, None)
+            if item is None:
+                return
+            yield item
+
+    @contextmanager
+    def ended_by_failure(self) -> Iterator[None]:
+        """A failure inside, or an interrupt, is the end of the queue for all threads."""
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self._items = iter(())
+            raise
 
 
 @contextmanager
@@ -139,20 +165,6 @@ class _Budget:
                 self._changed.notify_all()
 
 
-def _within(budget: _Budget, need: int, run: Callable[[_Range], None], item: _Range) -> None:
-    with budget.holding(need):
-        run(item)
-
-
-def _raise_first(futures: list[Future[None]]) -> None:
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in futures:
-        if future in done and not future.cancelled() and (error := future.exception()) is not None:
-            for other in futures:
-                other.cancel()
-            raise error
-
-
 class _Worker:
     """Carries out one range of one operation at a time; shared by all threads."""
 
@@ -171,13 +183,11 @@ class _Worker:
             self._copy(operation, item)
         elif isinstance(operation, Combine):
             self._combine(operation, item)
-        elif operation.rank is None:
-            self._upscale_dense(operation, item)
         else:
-            self._upscale_low_rank(operation, item, operation.rank)
+            self._upscale(operation, item)
         if self.progress is not None:
-            total = sum(source.nbytes for source in operation.sources)
-            self.progress(total * item.count // max(operation.sources[0].elements, 1))
+            total, elements = sum(source.nbytes for source in operation.sources), operation.output.elements
+            self.progress(total * (item.start + item.count) // elements - total * item.start // elements)
 
     def _copy(self, operation: Copy, item: _Range) -> None:
         values = self._read_stored(operation.source, item)
@@ -185,30 +195,16 @@ class _Worker:
         for other in operation.agreeing:
             if not torch.equal(self._read_stored(other, item).to(values.dtype), values):
                 raise CheckpointError(f"{other.file}: the integer buffer {other.name!r} differs from the base's")
-        self._write(operation, item, values)
+        self._store(operation.output, item.start, values)
 
     def _combine(self, operation: Combine, item: _Range) -> None:
         mixture = operation.mixture
         base = None if mixture.base is None else self._read(mixture.base, item)
-        self._write(operation, item, mix(mixture, base, (self._read(source, item) for source in mixture.inputs)))
+        values = mix(mixture, base, (self._read(source, item) for source in mixture.inputs))
+        self._store(operation.output, item.start, values)
 
-    def _upscale_dense(self, operation: Upscale, item: _Range) -> None:
-        mixture, (target,) = operation.mixture, operation.vectors
-        assert mixture.base is not None, "task vectors have a base"
-        size = mixture.base.elements
-        base = self._read(mixture.base, item)
-
-        def inputs() -> Iterator[Tensor]:
-            for k, source in enumerate(mixture.inputs):
-                values = self._read(source, item)
-                (vector,) = task_vectors(base, [values])
-                self._store(target, k * size + item.start, vector)
-                yield values
-
-        self._write(operation, item, mix(mixture, base, inputs()))
-
-    def _upscale_low_rank(self, operation: Upscale, item: _Range, rank: int) -> None:
-        mixture, (down, up) = operation.mixture, operation.vectors
+    def _upscale(self, operation: Upscale, item: _Range) -> None:
+        mixture = operation.mixture
         assert mixture.base is not None, "task vectors have a base"
         base = self._read(mixture.base, item)
 
@@ -216,12 +212,20 @@ class _Worker:
             for k, source in enumerate(mixture.inputs):
                 values = self._read(source, item)
                 (vector,) = task_vectors(base, [values])
-                a, b = truncated_svd(vector.view(operation.output.shape), rank)
-                self._store(down, k * a.numel(), a.reshape(-1))
-                self._store(up, k * b.numel(), b.reshape(-1))
+                self._store_vector(operation, item, k, vector)
                 yield values
 
-        self._write(operation, item, mix(mixture, base, inputs()))
+        self._store(operation.output, item.start, mix(mixture, base, inputs()))
+
+    def _store_vector(self, operation: Upscale, item: _Range, k: int, vector: Tensor) -> None:
+        """Keep a range of expert k's task vector, or the factors of the whole of it."""
+        if operation.rank is None:
+            (target,) = operation.vectors
+            self._store(target, k * operation.output.elements + item.start, vector)
+            return
+        factors = truncated_svd(vector.view(operation.output.shape), operation.rank)
+        for target, factor in zip(operation.vectors, factors, strict=True):
+            self._store(target, k * factor.numel(), factor.reshape(-1))
 
     def _read(self, source: Source, item: _Range) -> Tensor:
         values = self.reader.read_as(source, item.start, item.count, self.dtype)
@@ -231,13 +235,7 @@ class _Worker:
         return values
 
     def _read_stored(self, source: Source, item: _Range) -> Tensor:
-        """As it is stored; the sum of a base and an adapter is stored nowhere and has the arithmetic's dtype."""
-        if isinstance(source, AdaptedTensor):
-            return self.reader.read_as(source, item.start, item.count, self.dtype)
-        return self.reader.read(source, item.start, item.count)
-
-    def _write(self, operation: Operation, item: _Range, values: Tensor) -> None:
-        self._store(operation.output, item.start, values)
+        return self.reader.read_stored(source, item.start, item.count, self.dtype)
 
     def _store(self, output: OutputTensor, start: int, values: Tensor) -> None:
         rounded = values.to(TORCH_DTYPE[output.dtype])

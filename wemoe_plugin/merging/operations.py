@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from wemoe_plugin.checkpoints.header import ITEM_BYTES
 from wemoe_plugin.checkpoints.sources import Source
@@ -52,6 +53,7 @@ class Copy:
     output: OutputTensor
     source: Source
     agreeing: tuple[Source, ...] = ()
+    whole: ClassVar[bool] = False
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -64,6 +66,7 @@ class Combine:
 
     output: OutputTensor
     mixture: Mixture
+    whole: ClassVar[bool] = False
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -84,6 +87,11 @@ class Upscale:
     mixture: Mixture
     vectors: tuple[OutputTensor, ...]
     rank: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the tensor must be held whole, for its decomposition; all else works on any range of elements."""
+        return self.rank is not None
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from wemoe_plugin.checkpoints.checkpoint import WEIGHT_NAMES
-from wemoe_plugin.checkpoints.header import FLOATS
+from wemoe_plugin.checkpoints.header import FLOATS, SAFETENSORS_DTYPE
 from wemoe_plugin.checkpoints.sources import Source
 from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.inputs import Model, open_models
@@ -22,9 +22,6 @@ from wemoe_plugin.recipe.loading import RecipeFile
 from wemoe_plugin.recipe.patterns import KEYWORDS
 from wemoe_plugin.recipe.schema import Rule
 from wemoe_plugin.recipe.settings import Setting
-
-SAFETENSORS_DTYPE = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""From a recipe's dtype to safetensors'."""
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -216,8 +213,7 @@ class _Planner:
         output = self._output(name)
         mixture = Mixture(self.tensors[name], self._inputs(name, self.experts), module.lambdas)
         vectors = tuple(OutputTensor(vector, output.dtype, shape) for vector, shape in layer.vectors)
-        rank = layer.rank if len(vectors) == 2 else None
-        return Upscale(output, mixture, vectors, rank)
+        return Upscale(output, mixture, vectors, layer.rank)
 
     def _static(self, name: str, rule_index: int | None, module: UpscaledModule | None) -> Operation:
         rule = None if rule_index is None else self.recipe.rules[rule_index]

@@ -60,8 +60,10 @@ class UpscaledModule:
         path: its dotted path in the network.
         rule: the index of the rule that claimed it.
         lambdas: λₖ per expert, for its static merge and its router's initial output.
+        router: decides for it, alone or with the other modules of its rule.
         layers: the parameters of its Linear layers.
         tensors: every tensor of the module, its norms among them.
+        form: of its task vectors, ``dense`` or ``low_rank``.
     """
 
     path: str

@@ -18,8 +18,6 @@ from wemoe_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from wemoe_plugin.checkpoints.ranges import read_tensors
 from wemoe_plugin.errors import CheckpointError
 
-Features = Callable[[Any], Tensor]
-
 
 class ModelFamily(Protocol):
     """A library that builds models from directories."""

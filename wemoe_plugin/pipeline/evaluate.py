@@ -45,14 +45,14 @@ def evaluate_directory(
         TuningError: data, heads or labels cannot be used.
         CheckpointError: the directory or one of the recipe's models cannot be loaded.
     """
+    if not workbench.scored_tasks:
+        raise TuningError(f"{directory}: no task of its recipe has score: with labeled data")
     started = time.perf_counter()
     config = read_config(directory) if (directory / CONFIG_NAME).is_file() else None
     static, merged = load_static(directory, workbench.device), load_model(directory, workbench.device)
     routers = routers_of(merged, config) if config is not None else {}
     tasks: dict[str, dict[str, float]] = {}
     routing: dict[str, dict[str, list[float]]] = {}
-    if not workbench.scored_tasks:
-        raise TuningError(f"{directory}: no task of its recipe has score: with labeled data")
     for name in workbench.scored_tasks:
         images, labels, head = workbench.scoring_images(name), workbench.labels(name), workbench.head(name)
         say(f"scoring {name}: {len(images):,} images")

@@ -55,12 +55,11 @@ class ImageSet:
         """Inputs of some rows, (rows, channels, height, width)."""
         return torch.stack([self._one(row) for row in rows])
 
-    def labels(self, rows: Sequence[int] | None = None) -> Tensor:
-        """Labels of some rows (default all), int64 (rows,)."""
+    def labels(self) -> Tensor:
+        """The labels of all rows, int64 (rows,)."""
         if self._labels is None:
             raise TuningError(f"{self.where}: was opened without labels")
-        chosen = self._labels if rows is None else self._labels.select(rows)
-        values = chosen[self._label_column]
+        values = self._labels[self._label_column]
         if any(type(value) is not int for value in values):
             raise TuningError(f"{self.where}: the column {self._label_column!r} does not hold integer labels")
         return torch.tensor(list(values), dtype=torch.int64)
