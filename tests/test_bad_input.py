@@ -136,9 +136,9 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit(d / "recipe.yaml", ("base_model: models/base", "base_model: openai/clip-vit-base-patch32")),
         "no such directory or file, and the hub has no openai/clip-vit-base-patch32",
     ),
-    "a method of mergekit": (
-        lambda d: edit(d / "recipe.yaml", ("merge_method: task_arithmetic", "merge_method: ties")),
-        "DIR/recipe.yaml:10: merge_method: ties is mergekit's; run such a recipe with mergekit-yaml",
+    "a method with too many models": (
+        lambda d: edit(d / "recipe.yaml", ("merge_method: task_arithmetic", "merge_method: model_stok")),
+        "DIR/recipe.yaml:10: merge_method: unknown merge method 'model_stok'; did you mean 'model_stock'?",
     ),
     "a list of modules": (
         lambda d: edit(d / "recipe.yaml", ("visual.**.mlp", "'visual.transformer.resblocks'")),

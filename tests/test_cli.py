@@ -247,11 +247,11 @@ def test_a_terminated_merge_leaves_nothing(demo: Path) -> None:
         "import os, signal, sys\n"
         "from wemoe_plugin.checkpoints import ranges\n"
         "from wemoe_plugin.cli import main\n"
-        "write = ranges.TensorFile.write\n"
+        "write = ranges.TensorFile.put\n"
         "def killing(self, *args):\n"
         "    write(self, *args)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "ranges.TensorFile.write = killing\n"
+        "ranges.TensorFile.put = killing\n"
         "main(sys.argv[1:])\n"
     )
     before = tree(demo)

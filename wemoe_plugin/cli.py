@@ -26,6 +26,7 @@ from wemoe_plugin.console import (
     tell_scores,
     timed,
 )
+from wemoe_plugin.devices import check_device
 from wemoe_plugin.errors import WemoeError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="An output directory of wemoe-merge.")]
-DeviceOption = Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1, mps.")]
+DeviceOption = Annotated[str, typer.Option(help="Where models run and tensors are merged: cpu, cuda, cuda:1, mps.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of routers and data order; default the recipe's.")]
@@ -119,6 +120,7 @@ def merge_command(
     recipe: RecipeArgument,
     out: Annotated[Path | None, typer.Option(help="Output directory; default merged/<recipe stem>.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a merge that was killed.")] = False,
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Merge only, even if the recipe has tuning.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads; default all processors.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Limit of all buffers together, such as 4GiB.")] = None,
@@ -133,7 +135,8 @@ def merge_command(
     limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
     timings: dict[str, float] = {}
     with timed(timings, "plan"):
-        source, plan = _planned(recipe, shard_size)
+        source, plan = _planned(recipe, shard_size, seed)
+        check_device(device)
         target = out if out is not None else Path("merged") / recipe.stem
         from wemoe_plugin.checkpoints.manifest import doubt_output
         from wemoe_plugin.checkpoints.staging import check_output
@@ -144,16 +147,27 @@ def merge_command(
     for line in summary_lines(plan):
         say(line)
     from wemoe_plugin.pipeline.merge import merge
-    from wemoe_plugin.pipeline.workbench import Workbench
 
     tuning = None if no_tune else source.recipe.tuning
     workbench = None
     if tuning is not None:
+        from wemoe_plugin.pipeline.workbench import Workbench
+
         with timed(timings, "data"):
             workbench = Workbench(source, device)
             workbench.check(tuning=True, scoring=True)
     with timed(timings, "merge"), progress_bar(plan.bytes_read, quiet or json) as progress:
-        merge(source, plan, target, force=force, jobs=jobs, max_memory=limit, seed=seed, progress=progress)
+        merge(
+            source,
+            plan,
+            target,
+            force=force,
+            jobs=jobs,
+            max_memory=limit,
+            device=device,
+            resume=resume,
+            progress=progress,
+        )
     sizes = f"{format_size(plan.bytes_read)} into {format_size(plan.bytes_written)}"
     say(f"merged {sizes} in {timings['merge']:.1f} s: {target}")
     result: dict[str, Any] = {"directory": str(target), "seconds": timings}
@@ -291,12 +305,12 @@ def _reseeded(spec: TuningSpec, seed: int | None) -> TuningSpec:
     return spec if seed is None else spec.model_copy(update={"seed": seed})
 
 
-def _planned(recipe: Path, shard_size: str) -> tuple[RecipeFile, MergePlan]:
+def _planned(recipe: Path, shard_size: str, seed: int | None = None) -> tuple[RecipeFile, MergePlan]:
     from wemoe_plugin.merging.plan import plan_merge
     from wemoe_plugin.recipe.loading import load_recipe
 
     source = load_recipe(recipe)
-    return source, plan_merge(source, parse_size(shard_size, "--shard-size"))
+    return source, plan_merge(source, parse_size(shard_size, "--shard-size"), seed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from models import open_clip_family, save_open_clip, transformers_family
 
 from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
-from wemoe_plugin.checkpoints.ranges import read_tensors
+from wemoe_plugin.checkpoints.tensors import read_tensors
 from wemoe_plugin.errors import CheckpointError
 
 

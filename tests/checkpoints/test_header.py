@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save
 
+from wemoe_plugin.checkpoints import tensors
 from wemoe_plugin.checkpoints.header import ITEM_BYTES, build_header, read_header
-from wemoe_plugin.checkpoints.ranges import TORCH_DTYPE, RangeReader, TensorFile
+from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
+from wemoe_plugin.checkpoints.tensors import TORCH_DTYPE
 from wemoe_plugin.errors import CheckpointError
 
 STATE = {
@@ -38,12 +40,12 @@ def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
     path.write_bytes(save(STATE))
     stored = read_header(path)
     assert {n: t.shape for n, t in stored.items()} == {n: tuple(t.shape) for n, t in STATE.items()}
-    with RangeReader([path]) as reader:
+    with RangeReader({path: None}) as reader:
         for name, tensor in STATE.items():
-            values = reader.read(stored[name], 0, stored[name].elements)
+            values = tensors.read(reader, stored[name], 0, stored[name].elements)
             assert values.dtype == tensor.dtype
             assert torch.equal(values.view(tensor.shape), tensor)
-        assert reader.read(stored["b.weight"], 2, 3).tolist() == [2, 3, 4]
+        assert tensors.read(reader, stored["b.weight"], 2, 3).tolist() == [2, 3, 4]
 
 
 @given(
@@ -51,8 +53,8 @@ def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
         st.tuples(st.sampled_from(sorted(ITEM_BYTES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)), max_size=6
     )
 )
-def test_safetensors_reads_what_we_write(tensors: list[tuple[str, tuple[int, ...]]]) -> None:
-    entries = sorted(((f"t{i}", d, s) for i, (d, s) in enumerate(tensors)), key=lambda e: -ITEM_BYTES[e[1]])
+def test_safetensors_reads_what_we_write(drawn: list[tuple[str, tuple[int, ...]]]) -> None:
+    entries = sorted(((f"t{i}", d, s) for i, (d, s) in enumerate(drawn)), key=lambda e: -ITEM_BYTES[e[1]])
     size = sum(ITEM_BYTES[dtype] * torch.Size(shape).numel() for _, dtype, shape in entries)
     loaded = load(build_header(entries, {"format": "pt"}) + bytes(size))
     assert {name: (t.dtype, tuple(t.shape)) for name, t in loaded.items()} == {
@@ -119,20 +121,20 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> None
     path = tmp_path / "x.safetensors"
     path.write_bytes(save(STATE))
     stored = read_header(path)
-    with RangeReader([path]) as reader:
+    with RangeReader({path: None}) as reader:
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size - 4)
         last = max((t for t in stored.values() if t.elements), key=lambda tensor: tensor.offset)
         with pytest.raises(CheckpointError, match="it was changed during the merge"):
-            reader.read(last, 0, last.elements)
+            tensors.read(reader, last, 0, last.elements)
 
 
 def test_ranges_written_in_any_order_make_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     file = TensorFile(path, [("w", "F32", (4, 3)), ("b", "BF16", (2,))])
-    file.write("b", 0, torch.tensor([1.0, 2.0]))
+    tensors.write(file, "b", 0, torch.tensor([1.0, 2.0]))
     for start in (6, 0, 9, 3):
-        file.write("w", start, torch.arange(start, start + 3, dtype=torch.float64))
+        tensors.write(file, "w", start, torch.arange(start, start + 3, dtype=torch.float64))
     file.sync()
     file.close()
     loaded = load_file(path)

@@ -13,24 +13,24 @@ from wemoe_plugin.errors import PlanError
 
 
 def write(out: Path, content: str, force: bool = False) -> None:
-    with staged_directory(out, force, doubt_output) as work:
-        (work / "a").write_text(content)
-        write_manifest(work, {})
+    with staged_directory(out, force, doubt_output) as stage:
+        (stage.directory / "a").write_text(content)
+        write_manifest(stage.directory, {})
 
 
 def test_appears_when_it_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "er" / "out"
-    with staged_directory(out, False, doubt_output) as work:
-        (work / "a").write_text("1")
+    with staged_directory(out, False, doubt_output) as stage:
+        (stage.directory / "a").write_text("1")
         assert not out.exists()
-        assert work.parent == out.parent
+        assert stage.directory.parent.parent == out.parent
     assert tree(tmp_path) == {"deep": b"", "deep/er": b"", "deep/er/out": b"", "deep/er/out/a": b"1"}
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with staged_directory(tmp_path / "deep" / "out", False, doubt_output) as work:
-            (work / "a").write_text("1")
+        with staged_directory(tmp_path / "deep" / "out", False, doubt_output) as stage:
+            (stage.directory / "a").write_text("1")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -91,8 +91,8 @@ def test_what_appears_during_the_work_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def race() -> None:
-        with staged_directory(out, False, doubt_output) as work:
-            (work / "a").write_text("1")
+        with staged_directory(out, False, doubt_output) as stage:
+            (stage.directory / "a").write_text("1")
             out.mkdir()
             (out / "precious").write_text("x")
 

@@ -13,8 +13,10 @@ from models import fine_tuned, open_clip_family, transformers_family
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from wemoe_plugin.checkpoints import tensors as torch_tensors
 from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
-from wemoe_plugin.checkpoints.ranges import RangeReader, read_tensors
+from wemoe_plugin.checkpoints.ranges import RangeReader
+from wemoe_plugin.checkpoints.tensors import read_tensors
 from wemoe_plugin.checkpoints.torch_file import read_torch_header
 from wemoe_plugin.errors import CheckpointError
 from wemoe_plugin.merging.plan import plan_merge
@@ -37,8 +39,8 @@ STATE = {
 
 def read(path: Path) -> dict[str, Tensor]:
     tensors = read_torch_header(path)
-    with RangeReader([path]) as reader:
-        return {name: reader.read(t, 0, t.elements).view(t.shape) for name, t in tensors.items()}
+    with RangeReader({path: None}) as reader:
+        return {name: torch_tensors.read(reader, t, 0, t.elements).view(t.shape) for name, t in tensors.items()}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from models import open_clip_family, save_open_clip, save_state, transformers_fa
 from safetensors.torch import load_file
 
 from wemoe_plugin.errors import CheckpointError, PlanError
-from wemoe_plugin.merging import executor
+from wemoe_plugin.merging import array_worker, executor, tensor_worker
 from wemoe_plugin.merging.executor import execute_plan
 from wemoe_plugin.merging.memory import operation_memory, peak_memory
 from wemoe_plugin.merging.operations import Upscale
@@ -111,6 +113,50 @@ def test_threads_and_ranges_change_no_byte(tmp_path: Path) -> None:
     assert all(d == digests[0] for d in digests)
 
 
+def stored_as(directory: Path, name: str, dtype: torch.dtype) -> None:
+    path = directory / name / "open_clip_model.safetensors"
+    save_state({n: t.to(dtype) if t.is_floating_point() else t for n, t in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("dtypes", ["fff", "bbb", "fbd", "dfb", "bdf"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "task_arithmetic\nparameters: {lambda: 0.3, normalize: true}",
+        "linear\nparameters: {weight: [0.2, 1.3]}\nout_dtype: bfloat16",
+        "task_arithmetic\ndtype: float64\nout_dtype: bfloat16",
+        "base\ndtype: float32",
+    ],
+)
+def test_numpy_and_torch_write_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtypes: str, method: str
+) -> None:
+    """Whether torch is imported depends on the recipe as a whole and must not show in any tensor."""
+    open_clip_family(tmp_path)
+    kinds = {"f": torch.float32, "b": torch.bfloat16, "d": torch.float64}
+    for name, kind in zip(("base", "e0", "e1"), dtypes, strict=True):
+        stored_as(tmp_path, name, kinds[kind])
+    plan = planned(tmp_path, f"merge_method: {method}\n")
+    assert all(array_worker.is_plain(operation, plan.dtype) for operation in plan.operations)
+    executed(plan, tmp_path / "numpy", chunk_elements=1000)
+    monkeypatch.setattr(array_worker, "is_plain", lambda *_: False)
+    executed(plan, tmp_path / "torch")
+    assert digest(tmp_path / "numpy") == digest(tmp_path / "torch")
+
+
+def test_a_static_merge_imports_no_torch(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(f"{HEAD}merge_method: task_arithmetic\n")
+    code = (
+        "import sys\nfrom wemoe_plugin.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as stop: pass\n"
+        "print(stop.code if 'stop' in dir() else 0, 'torch' in sys.modules)"
+    )
+    args = [str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out"), "--quiet"]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("False"), done.stdout
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
 def test_integer_buffers_are_copied_when_all_agree(tmp_path: Path) -> None:
     models = open_clip_family(tmp_path, 0)
     state = {**models[0].state_dict(), "ids": torch.arange(5)}
@@ -122,6 +168,7 @@ def test_integer_buffers_are_copied_when_all_agree(tmp_path: Path) -> None:
     plan = planned(tmp_path, "merge_method: task_arithmetic\n")
     assert torch.equal(executed(plan, tmp_path / "out")["ids"], torch.arange(5))
     save_state({**state, "ids": torch.arange(5) + 1}, tmp_path / "e1" / "open_clip_model.safetensors")
+    plan = planned(tmp_path, "merge_method: task_arithmetic\n")
     with pytest.raises(CheckpointError, match=r"e1/.*the integer buffer 'ids' differs from the base's"):
         executed(plan, tmp_path / "out2")
 
@@ -191,7 +238,7 @@ def test_work_waits_until_its_memory_is_free(tmp_path: Path, monkeypatch: pytest
         running.pop()
         return result
 
-    monkeypatch.setattr(executor, "truncated_svd", watched)
+    monkeypatch.setattr(tensor_worker, "truncated_svd", watched)
     largest = peak_memory(plan.operations, plan.dtype, jobs=1)
     executed(plan, tmp_path / "one", max_memory=largest, jobs=4)
     assert most == 1
@@ -205,11 +252,12 @@ def test_a_failure_ends_the_work_of_all_threads(tmp_path: Path, monkeypatch: pyt
     plan = planned(tmp_path, "merge_method: task_arithmetic\n")
     calls: list[int] = []
 
-    def failing(worker: executor._Worker, item: executor._Range) -> None:
-        calls.append(1)
-        raise CheckpointError("broken")
+    class Failing:
+        def run(self, *_: Any) -> None:
+            calls.append(1)
+            raise CheckpointError("broken")
 
-    monkeypatch.setattr(executor._Worker, "run", failing)
+    monkeypatch.setattr(executor, "make_worker", lambda *_: Failing())
     with pytest.raises(CheckpointError, match="broken"):
         executed(plan, tmp_path / "out", jobs=jobs, chunk_elements=10)
     assert len(calls) <= jobs

@@ -30,7 +30,9 @@ def test_agrees_with_mergekit(value: object, name: str, depth: float) -> None:
         assert ours == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("value", ["0.3", True, None, [], [1, "a"], {"filter": "x"}, [{"value": 1, "else": 2}], [[1]]])
+@pytest.mark.parametrize(
+    "value", ["0.3", None, [True, 1], [], [1, "a"], {"filter": "x"}, [{"value": 1, "else": 2}], [[1]]]
+)
 def test_refuses_what_is_none_of_the_three(value: object) -> None:
     with pytest.raises(ValueError, match=r"expected|condition"):
         parse_setting(value)

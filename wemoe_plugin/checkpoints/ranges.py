@@ -1,4 +1,4 @@
-"""Read and write ranges of tensors with positioned system calls.
+"""Read and write ranges of tensors as bytes, with positioned system calls.
 
 Files are not mapped: mapped pages count as the process's memory, and a merge would seem (and on a full machine be) as
 large as its inputs. One descriptor per file serves all threads, since every call names its own position.
@@ -6,55 +6,71 @@ large as its inputs. One descriptor per file serves all threads, since every cal
 
 from __future__ import annotations
 
+import errno
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import torch
-from torch import Tensor
 from typing_extensions import Self
 
-from wemoe_plugin.checkpoints.checkpoint import Checkpoint
 from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor, build_header
-from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
 from wemoe_plugin.errors import CheckpointError
 
-TORCH_DTYPE: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""From safetensors' element types to torch's."""
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What tells whether a file is still the one whose header was read: its size and time of change (ns)."""
+
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileStamp:
+        return cls(status.st_size, status.st_mtime_ns)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+def stamp_files(files: Iterable[Path]) -> dict[Path, FileStamp]:
+    """The stamps of files as they are now.
+
+    Raises:
+        CheckpointError: one is gone.
+    """
+    stamps = {}
+    for path in files:
+        try:
+            stamps[path] = FileStamp.of(path.stat())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return stamps
 
 
 class RangeReader:
-    """Reads element ranges of stored tensors; open files are shared by all threads until the reader is closed."""
+    """Reads element ranges of stored tensors; open files are shared by all threads until the reader is closed.
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    Args:
+        files: the files to read, each with its stamp if it must not have changed since.
+    """
+
+    def __init__(self, files: Mapping[Path, FileStamp | None]) -> None:
         self._stack = ExitStack()
+        self._stamps = files
         self._descriptors: dict[Path, int] = {}
         try:
-            for path in dict.fromkeys(files):
+            for path in files:
                 descriptor = os.open(path, os.O_RDONLY)
                 self._stack.callback(os.close, descriptor)
                 self._descriptors[path] = descriptor
+            self.check_unchanged()
         except OSError as error:
             self._stack.close()
             raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        except CheckpointError:
+            self._stack.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -62,75 +78,56 @@ class RangeReader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
 
-    def read_as(self, source: Source, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Elements of a source in a given floating-point dtype, with its LoRA change added if it has one."""
-        if isinstance(source, StoredTensor):
-            return self.read(source, start, count).to(dtype)
-        row = math.prod(source.shape[1:])
-        first, last = start // row, -(-(start + count) // row)
-        change = self._change(source, first, last, dtype).reshape(-1)[start - first * row :][:count]
-        return self.read(source.stored, start, count).to(dtype).add_(change)
-
-    def read_stored(self, source: Source, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Elements as they are stored; those with a LoRA change are stored nowhere and come in ``dtype``."""
-        if isinstance(source, StoredTensor):
-            return self.read(source, start, count)
-        return self.read_as(source, start, count, dtype)
-
-    def _change(self, source: AdaptedTensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows of s·B·A or of its transpose, (rows, the rest)."""
-        rank = source.down.shape[0]
-        down = self.read(source.down, 0, source.down.elements).to(dtype).view(rank, -1)
-        if source.transposed:
-            up = self.read(source.up, 0, source.up.elements).to(dtype).view(-1, rank)
-            return (down[:, first:last].T * source.scale) @ up.T
-        up = self.read(source.up, first * rank, (last - first) * rank).to(dtype).view(-1, rank)
-        return (up * source.scale) @ down
-
-    def read(self, tensor: StoredTensor, start: int, count: int) -> Tensor:
-        """Elements ``start`` to ``start + count`` of a tensor in storage order: a new 1-D tensor of its own dtype.
+    def check_unchanged(self) -> None:
+        """Compare every file with its stamp.
 
         Raises:
-            CheckpointError: the file has become shorter than its header says.
+            CheckpointError: one has been changed.
         """
-        result = torch.empty(count, dtype=TORCH_DTYPE[tensor.dtype])
-        view = _bytes_of(result)
+        for path, stamp in self._stamps.items():
+            if stamp is not None and FileStamp.of(os.fstat(self._descriptors[path])) != stamp:
+                raise CheckpointError(f"{path}: was changed while it was being merged; the result would mix two models")
+
+    def fill(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
+        """Read a tensor's bytes, from element ``start`` on, until a buffer of bytes is full.
+
+        Raises:
+            CheckpointError: the file has become shorter than its header says, or cannot be read.
+        """
         position = tensor.offset + start * ITEM_BYTES[tensor.dtype]
         done = 0
-        while done < len(view):
-            got = os.preadv(self._descriptors[tensor.file], [view[done:]], position + done)
+        while done < len(buffer):
+            try:
+                got = os.preadv(self._descriptors[tensor.file], [buffer[done:]], position + done)
+            except OSError as error:
+                raise CheckpointError(f"{tensor.file}: cannot be read: {error.strerror}") from None
             if got == 0:
                 raise CheckpointError(f"{tensor.file}: ends within {tensor.name!r}; it was changed during the merge")
             done += got
-        return result
-
-
-def read_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, in memory, by the names the checkpoint gives them."""
-    with RangeReader(file for source in checkpoint.tensors.values() for file in source.files) as reader:
-        return {
-            name: reader.read_stored(source, 0, source.elements, torch.float32).view(source.shape)
-            for name, source in checkpoint.tensors.items()
-        }
 
 
 class TensorFile:
     """A safetensors file that is filled range by range, in any order and from any thread.
 
-    Its header is written and its whole space allocated when it is created, so a full disk is found before any work.
+    Its header is written and its whole space allocated when it is made, so a full disk is found before any work. If the
+    file is there already, what an earlier one of the same tensors has stored stays.
+
+    Args:
+        path: the file.
+        tensors: (name, dtype, shape) of its tensors, in the order of their data.
     """
 
     def __init__(self, path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
         entries = list(tensors)
         header = build_header(entries, {"format": "pt"})
         self.path = path
-        self._dtypes = {name: dtype for name, dtype, _ in entries}
+        self.dtypes = {name: dtype for name, dtype, _ in entries}
         self._offsets: dict[str, int] = {}
         end = len(header)
         for name, dtype, shape in entries:
             self._offsets[name] = end
-            end += torch.Size(shape).numel() * ITEM_BYTES[dtype]
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            end += math.prod(shape) * ITEM_BYTES[dtype]
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _allocate(self._descriptor, end)
             _write_all(self._descriptor, memoryview(header), 0)
@@ -138,11 +135,9 @@ class TensorFile:
             os.close(self._descriptor)
             raise
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        """Store ``values`` as the elements from ``start`` of a tensor, rounded to its dtype."""
-        dtype = self._dtypes[name]
-        data = values.detach().to("cpu", TORCH_DTYPE[dtype]).contiguous()
-        _write_all(self._descriptor, _bytes_of(data), self._offsets[name] + start * ITEM_BYTES[dtype])
+    def put(self, name: str, start: int, data: memoryview) -> None:
+        """Store bytes as the elements of a tensor from ``start`` on."""
+        _write_all(self._descriptor, data, self._offsets[name] + start * ITEM_BYTES[self.dtypes[name]])
 
     def sync(self) -> None:
         """Bring the data to the disk."""
@@ -154,10 +149,15 @@ class TensorFile:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
+    """Give a file its length and, where the system can, its blocks."""
+    try:
         os.posix_fallocate(descriptor, 0, size)
-    else:  # macOS: the file gets its length, its blocks come as they are written
+    except AttributeError:  # macOS has no such call
         os.ftruncate(descriptor, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)  # some network file systems
 
 
 def _write_all(descriptor: int, view: memoryview, position: int) -> None:

@@ -1,18 +1,44 @@
-"""An output directory that appears whole or not at all."""
+"""An output directory that appears whole or not at all, and can be gone on with if its maker was killed.
+
+While it is made, ``OUT`` has a sibling ``.OUT.partial`` with
+
+    content/    what will become ``OUT`` by one rename
+    journal     what is done of it
+    mark        what it is made from
+    old/        the earlier ``OUT`` that ``--force`` replaces, for the moment between two renames
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from wemoe_plugin.errors import PlanError
 
 Doubt = Callable[[Path], str | None]
 """Says why a directory is not an earlier output of ours, or None if it is one."""
+
+_PARTS = {"content", "journal", "mark", "old"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where an output is made.
+
+    Attributes:
+        directory: to be filled; it becomes the output.
+        journal: where to note what is done; a file that is there tells what an earlier run did.
+    """
+
+    directory: Path
+    journal: Path
 
 
 def check_output(path: Path, force: bool, doubt: Doubt) -> None:
@@ -41,58 +67,159 @@ def check_output(path: Path, force: bool, doubt: Doubt) -> None:
 
 
 @contextmanager
-def staged_directory(path: Path, force: bool, doubt: Doubt) -> Iterator[Path]:
-    """A new sibling directory to fill; it is renamed to ``path`` on success and removed on any failure.
+def staged_directory(
+    path: Path, force: bool, doubt: Doubt, *, made_from: str = "", resume: bool = False
+) -> Iterator[Stage]:
+    """A place to make an output in; it becomes ``path`` on success and is removed on any failure.
+
+    Only a killed process leaves one behind. The next run for the same output removes it, or goes on with it.
+
+    Args:
+        path: the output.
+        force: replace an earlier output.
+        doubt: looks at what is there.
+        made_from: identifies everything the content depends on.
+        resume: go on with what a killed run left, if there is any.
 
     Raises:
-        PlanError: see `check_output`; or the parent cannot be written to.
+        PlanError: see `check_output`; another process is making this output; what a killed run left was made from
+            something else; or the disk is full or cannot be written to.
     """
-    check_output(path, force, doubt)
     missing = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
-    work = _sibling(path, "partial")
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            work.mkdir()
-        except OSError as error:
-            raise PlanError(f"{path}: cannot be created: {error.strerror}") from None
-        yield work
+    area = path.parent / f".{path.name or path.resolve().name}.partial"
+    if not os.path.lexists(area):
         check_output(path, force, doubt)
-        _swap(work, path)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        for parent in missing:
+    try:
+        with _locked(area, path):
+            _recover(area, path)
+            check_output(path, force, doubt)
+            stage = _prepared(area, path, made_from, resume)
             try:
-                parent.rmdir()
+                yield stage
+                check_output(path, force, doubt)
+                _swap(area, path)
+            finally:
+                shutil.rmtree(area, ignore_errors=True)
+    except BaseException as error:
+        for empty in (area, *missing):
+            try:
+                empty.rmdir()
             except OSError:
-                break
+                continue
+        if isinstance(error, OSError):
+            raise PlanError(f"{path}: cannot be written: {error.strerror or error}") from error
         raise
 
 
-def _swap(work: Path, path: Path) -> None:
-    """Rename ``work`` to ``path``; what `check_output` allowed to be there moves aside first and back on a failure."""
-    old = _sibling(path, "old")
+@contextmanager
+def _locked(area: Path, path: Path) -> Iterator[None]:
+    """The place as this process's own: the lock lies on the folder and ends with the process, however it ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be created: {error.strerror}") from None
+    while True:
+        try:
+            area.mkdir(exist_ok=True)
+            descriptor = os.open(area, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # its owner has just finished
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be created: {error.strerror}") from None
+        try:
+            if _lock(descriptor, path) and _is_at(descriptor, area):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PlanError(f"{path}: another wemoe-merge is writing it; wait for it or choose another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def _is_at(descriptor: int, area: Path) -> bool:
+    """Whether the folder that was opened is still the one of that name."""
+    try:
+        now = area.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), now)
+
+
+def _recover(area: Path, path: Path) -> None:
+    """Undo or finish what a process was killed in, so that at most unfinished content is left."""
+    strangers = {entry.name for entry in area.iterdir()} - _PARTS
+    if strangers:
+        raise PlanError(f"{area}: is in the way: it holds {min(strangers)}, which is not ours")
+    old = area / "old"
+    if old.exists() and not os.path.lexists(path):
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if not (area / "content").exists():
+        for name in ("journal", "mark"):
+            (area / name).unlink(missing_ok=True)
+
+
+def _prepared(area: Path, path: Path, made_from: str, resume: bool) -> Stage:
+    stage = Stage(area / "content", area / "journal")
+    mark = area / "mark"
+    mine = {"made_from": made_from, "boot": _boot()}
+    earlier = _read_mark(mark) if resume else None
+    if earlier is not None and earlier.get("made_from") != made_from:
+        raise PlanError(
+            f"{path}: what the earlier run left was made from another recipe, other inputs or with other options; "
+            "without --resume it is made anew"
+        )
+    if earlier != mine:  # nothing is there, or the machine went down and what it had written may be lost
+        shutil.rmtree(stage.directory, ignore_errors=True)
+        stage.journal.unlink(missing_ok=True)
+        write_atomically(mark, json.dumps(mine).encode())
+    stage.directory.mkdir(exist_ok=True)
+    return stage
+
+
+def _read_mark(path: Path) -> dict[str, str] | None:
+    try:
+        mark = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return mark if isinstance(mark, dict) else None
+
+
+def _boot() -> str:
+    """Identifies this run of this machine, where the system says."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _swap(area: Path, path: Path) -> None:
+    """Give the content its name; what `check_output` allowed to be there moves aside first and back on a failure."""
+    old = area / "old"
     try:
         if path.exists():
             path.rename(old)
         try:
-            work.rename(path)
+            (area / "content").rename(path)
         except OSError:
             if old.exists():
                 old.rename(path)
             raise
     except OSError as error:
         raise PlanError(f"{path}: cannot be put in place: {error.strerror}") from None
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sibling(path: Path, kind: str) -> Path:
-    return path.parent / f".{path.name}.{secrets.token_hex(4)}.{kind}"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace one file by new content in one step."""
-    work = _sibling(path, "partial")
+    work = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
         with work.open("xb") as file:
             file.write(data)

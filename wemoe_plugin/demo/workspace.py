@@ -74,7 +74,8 @@ def prepare_demo(
         PlanError: the directory is in the way.
     """
     say(f"drawing {len(TASKS) * (tune_images + score_images):,} images of {', '.join(task.name for task in TASKS)}")
-    with staged_directory(directory, force, _doubt) as work:
+    with staged_directory(directory, force, _doubt) as stage:
+        work = stage.directory
         with as_file(files("wemoe_plugin.demo") / "checkpoints") as checkpoints:
             for source in sorted(path for path in checkpoints.iterdir() if path.is_dir()):
                 shutil.copytree(source, work / "models" / source.name)

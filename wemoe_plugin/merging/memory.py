@@ -6,7 +6,7 @@ import os
 
 from wemoe_plugin.checkpoints.header import ITEM_BYTES
 from wemoe_plugin.checkpoints.sources import AdaptedTensor
-from wemoe_plugin.merging.operations import Operation, Upscale
+from wemoe_plugin.merging.operations import Delegate, Operation, Upscale
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements per range: small enough that a range and its sums stay in a processor's cache."""
@@ -25,11 +25,22 @@ def operation_memory(operation: Operation, count: int, dtype: str) -> int:
     adapters = [source for source in operation.sources if isinstance(source, AdaptedTensor)]
     if adapters:
         needed += width * (2 * count + max(source.down.elements + source.up.elements for source in adapters))
+    if isinstance(operation, Delegate):
+        return needed + count * delegate_bytes(operation, width)
     if isinstance(operation, Upscale) and operation.rank is not None:
         out_features, in_features = operation.output.shape
         small = min(out_features, in_features)
         needed += 8 * (count + 5 * small * small + operation.rank * (out_features + in_features))
     return needed
+
+
+def delegate_bytes(operation: Delegate, width: int) -> int:
+    """Bytes per element that a method holds beside what reading and writing take.
+
+    All inputs at once, and what its kernel makes of them: see `benchmarks/merge_memory.py` for what was measured.
+    """
+    inputs = len(operation.inputs)
+    return width * (4 * inputs + 2) + 24
 
 
 def piece_memory(operation: Operation, dtype: str, chunk_elements: int) -> int:

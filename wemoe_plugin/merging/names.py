@@ -12,7 +12,7 @@ from wemoe_plugin.recipe.patterns import module_of
 def relative_depths(tensor_names: Iterable[str]) -> dict[str, float]:
     """The place of each tensor in its stack of layers, from 0 (first layer) to 1 (last), for gradients.
 
-    Outside of a stack embeddings are at 0 and everything else is at 1, as in mergekit.
+    Outside of a stack everything is at 0, and the layer of a stack of one is at 1, as in mergekit.
     """
     numbered = re.compile(r"^(.*?)\.(\d+)\.")
     places: dict[str, tuple[str, int] | None] = {}
@@ -25,7 +25,7 @@ def relative_depths(tensor_names: Iterable[str]) -> dict[str, float]:
     depths = {}
     for name, place in places.items():
         if place is None:
-            depths[name] = 0.0 if "embed" in name or "wte" in name or "wpe" in name else 1.0
+            depths[name] = 0.0
         else:
             depths[name] = place[1] / last[place[0]] if last[place[0]] else 1.0
     return depths

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from wemoe_plugin.checkpoints.header import ITEM_BYTES
 from wemoe_plugin.checkpoints.sources import Source
+from wemoe_plugin.recipe.settings import Scalar
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,34 @@ class Upscale:
         return _sources(self.mixture)
 
 
-Operation = Copy | Combine | Upscale
+@dataclass(frozen=True)
+class Delegate:
+    """A tensor made by one of mergekit's methods, which sees it whole.
+
+    Attributes:
+        method: its name in mergekit's registry.
+        inputs: the models' tensors, in the recipe's order; the base comes last if the recipe does not list it.
+        base: which of the inputs is the base's, or None.
+        shared: the method's parameters that all inputs share.
+        per_input: for every input its own parameters.
+        seed: of the numbers the method draws; None if it draws none.
+    """
+
+    output: OutputTensor
+    method: str
+    inputs: tuple[Source, ...]
+    base: int | None
+    shared: Mapping[str, Scalar]
+    per_input: tuple[Mapping[str, Scalar | None], ...]
+    seed: int | None = None
+    whole: ClassVar[bool] = True
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.inputs
+
+
+Operation = Copy | Combine | Upscale | Delegate
 
 
 def _sources(mixture: Mixture) -> tuple[Source, ...]:

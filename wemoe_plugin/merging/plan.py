@@ -6,22 +6,26 @@ imported.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from wemoe_plugin.checkpoints.checkpoint import WEIGHT_NAMES
 from wemoe_plugin.checkpoints.header import FLOATS, SAFETENSORS_DTYPE
+from wemoe_plugin.checkpoints.ranges import FileStamp, stamp_files
 from wemoe_plugin.checkpoints.sources import Source
 from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.inputs import Model, open_models
 from wemoe_plugin.merging.layout import OutputFile, lay_out
-from wemoe_plugin.merging.names import nearest_modules, relative_depths
-from wemoe_plugin.merging.operations import Combine, Copy, Mixture, Operation, OutputTensor, Upscale
+from wemoe_plugin.merging.names import nearest_modules
+from wemoe_plugin.merging.operations import Combine, Copy, Delegate, Mixture, Operation, OutputTensor, Upscale
+from wemoe_plugin.merging.parameters import ParameterReader
 from wemoe_plugin.merging.upscaling import UpscaledLayer, UpscaledModule, find_upscaled_modules, nested_modules
 from wemoe_plugin.recipe.loading import RecipeFile
+from wemoe_plugin.recipe.methods import METHODS, STREAMED
 from wemoe_plugin.recipe.patterns import KEYWORDS
 from wemoe_plugin.recipe.schema import Rule
-from wemoe_plugin.recipe.settings import Setting
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -51,6 +55,9 @@ class MergePlan:
         modules: the upscaled modules.
         claims: what each rule and the default took.
         base_only: tensors that no expert has and that are copied from the base.
+        notes: what a reader of the recipe might not expect.
+        stamps: every file that is read, as it was when the plan was made.
+        seed: of the methods that draw numbers, and of the routers.
     """
 
     base: Model
@@ -62,6 +69,9 @@ class MergePlan:
     modules: tuple[UpscaledModule, ...]
     claims: tuple[Claim, ...]
     base_only: tuple[str, ...]
+    notes: tuple[str, ...]
+    stamps: Mapping[Path, FileStamp]
+    seed: int
 
     @property
     def library(self) -> str:
@@ -92,37 +102,44 @@ class MergePlan:
         return sum(router.parameters for router in {m.router.name: m.router for m in self.modules}.values())
 
 
-def plan_merge(source: RecipeFile, shard_bytes: int | None = DEFAULT_SHARD_BYTES) -> MergePlan:
+def plan_merge(source: RecipeFile, shard_bytes: int | None = DEFAULT_SHARD_BYTES, seed: int | None = None) -> MergePlan:
     """Plan a recipe.
 
     Args:
         source: the recipe.
         shard_bytes: the largest weights file to write; open_clip's weights always stay in one file.
+        seed: of the methods that draw numbers and of the routers; default the recipe's ``tuning.seed``, else 0.
 
     Raises:
         CheckpointError: a model cannot be read.
         PlanError: the models do not fit together, or a rule does not fit them; all such problems at once.
     """
     base, experts = open_models(source)
-    return _Planner(source, base, experts, shard_bytes).plan()
+    if seed is None:
+        seed = source.recipe.tuning.seed if source.recipe.tuning else 0
+    return _Planner(source, base, experts, shard_bytes, seed).plan()
 
 
 class _Planner:
     """Walks over the base's tensors once and decides on each."""
 
-    def __init__(self, source: RecipeFile, base: Model, experts: tuple[Model, ...], shard_bytes: int | None) -> None:
+    def __init__(
+        self, source: RecipeFile, base: Model, experts: tuple[Model, ...], shard_bytes: int | None, seed: int
+    ) -> None:
         self.source = source
         self.recipe = source.recipe
         self.base = base
         self.models = experts
         self.shard_bytes = shard_bytes
+        self.seed = seed
         self.tensors = base.checkpoint.tensors
         self.held = {name for model in experts for name in model.checkpoint.tensors}
         self.experts = tuple(m for m in experts if self.recipe.base_model is None or not _same(m, base))
-        self.entries = {entry.name: entry for entry in self.recipe.models}
-        self.depths = relative_depths(self.tensors)
+        self.has_base = self.recipe.base_model is not None
+        self.parameters = ParameterReader(self.recipe, self.tensors)
 
     def plan(self) -> MergePlan:
+        self._check_participants()
         owners, paths = self._claim()
         modules = self._upscale(owners, paths)
         layers = {layer.tensor: (module, layer) for module in modules for layer in module.layers}
@@ -147,6 +164,9 @@ class _Planner:
             modules=modules,
             claims=tuple(self._table(owners, modules)),
             base_only=tuple(name for name in self.tensors if name not in self.held),
+            notes=tuple(self._notes()),
+            stamps=stamp_files(sorted({f for o in operations for source in o.sources for f in source.files})),
+            seed=self.seed,
         )
 
     def _claim(self) -> tuple[dict[str, int], dict[str, str]]:
@@ -202,9 +222,9 @@ class _Planner:
         def lambdas(tensor_name: str) -> tuple[float, ...]:
             scale = rule.parameters.router.init_lambda if rule.parameters.router else None
             if scale is None:
-                scale = self._setting(self.recipe.parameters.lambda_, tensor_name, 1.0)
-            weights = tuple(self._weight(expert, tensor_name) for expert in self.experts)
-            divisor = _divisor(weights, self.recipe.parameters.normalize)
+                scale = self.parameters.number("lambda", tensor_name, None)
+            weights = self._weights(self.experts, tensor_name, None)
+            divisor = _divisor(weights, bool(self.parameters.find("normalize", tensor_name, None)))
             return tuple(scale * weight / divisor for weight in weights)
 
         return lambdas
@@ -225,21 +245,79 @@ class _Planner:
             return Copy(output, base, self._inputs(name, self.models))
         if module is not None:
             return Combine(output, Mixture(base, self._inputs(name, self.experts), module.lambdas))
-        normalize = rule.parameters.normalize if rule is not None else None
-        normalize = self.recipe.parameters.normalize if normalize is None else normalize
         if method == "linear":
-            weights = tuple(self._weight(model, name) for model in self.models)
-            divisor = sum(weights) if normalize in (None, True) else 1.0
-            if divisor == 0:
-                raise PlanError(f"{name}: the weights of the models add up to 0; linear cannot normalize them")
-            return Combine(output, Mixture(None, self._inputs(name, self.models), weights, divisor))
-        weights = tuple(self._weight(expert, name) for expert in self.experts)
-        divisor = _divisor(weights, normalize)
-        local = rule.parameters.lambda_ if rule is not None else None
-        scale = self._setting(self.recipe.parameters.lambda_ if local is None else local, name, 1.0)
+            return self._averaged(output, rule)
+        if method == "task_arithmetic":
+            return self._added(output, rule)
+        return self._delegated(output, method, rule)
+
+    def _averaged(self, output: OutputTensor, rule: Rule | None) -> Combine:
+        models = self._participants("linear", rule)
+        weights = self._weights(models, output.name, rule)
+        normalize = self.parameters.find("normalize", output.name, rule)
+        divisor = sum(weights) if normalize in (None, True) else 1.0
+        if divisor == 0:
+            raise PlanError(f"{output.name}: the weights of the models add up to 0; linear cannot normalize them")
+        return Combine(output, Mixture(None, self._inputs(output.name, models), weights, divisor))
+
+    def _added(self, output: OutputTensor, rule: Rule | None) -> Combine | Copy:
+        base = self.tensors[output.name]
         if not self.experts:
             return Copy(output, base)
-        return Combine(output, Mixture(base, self._inputs(name, self.experts), weights, divisor, scale))
+        weights = self._weights(self.experts, output.name, rule)
+        divisor = _divisor(weights, bool(self.parameters.find("normalize", output.name, rule)))
+        scale = self.parameters.number("lambda", output.name, rule)
+        return Combine(output, Mixture(base, self._inputs(output.name, self.experts), weights, divisor, scale))
+
+    def _delegated(self, output: OutputTensor, method: str, rule: Rule | None) -> Delegate:
+        models = self._participants(method, rule)
+        base = next((i for i, model in enumerate(models) if self.has_base and _same(model, self.base)), None)
+        spec = METHODS[method]
+        return Delegate(
+            output,
+            method,
+            self._inputs(output.name, models),
+            None if spec.base == "ignored" else base,
+            {k: v for k, v in self.parameters.all_of(method, "all", output.name, rule).items() if v is not None},
+            tuple(self.parameters.all_of(method, "model", output.name, rule, model.name) for model in models),
+            _tensor_seed(self.seed, output.name) if spec.random else None,
+        )
+
+    def _participants(self, method: str, rule: Rule | None) -> tuple[Model, ...]:
+        """The models a static method sees, in mergekit's order: the base is last where the recipe does not list it.
+
+        For methods to which the base is a model like any other, mergekit takes it in if the recipe's own parameters
+        give it all it needs; only the recipe's own method does so here, a rule's sees the models alone.
+        """
+        if not self.has_base or any(_same(model, self.base) for model in self.models):
+            return self.models
+        spec = METHODS[method]
+        needs_weight = "weight" in spec.parameters and "weight" not in self.recipe.parameters
+        if spec.base == "ignored" and (rule is not None or needs_weight):
+            return self.models
+        return (*self.models, self.base)
+
+    def _check_participants(self) -> None:
+        """Methods that take two models, or three, get as many."""
+        problems = []
+        rules = [(("rules", i, "merge_method"), rule) for i, rule in enumerate(self.recipe.rules)]
+        for location, rule in [(("merge_method",), None), *rules]:
+            method = self.recipe.merge_method if rule is None else rule.merge_method
+            if method in STREAMED or method == "wemoe":
+                continue
+            spec, models = METHODS[method], self._participants(method, rule)
+            others = len(models) - (self.has_base and spec.base != "ignored")
+            where = self.source.where(*location)
+            problems += [
+                f"{where}: {method} takes {_amount(limits)} {what}; there are {count}"
+                for count, limits, what in (
+                    (len(models), spec.inputs, "models, the base among them"),
+                    (others, spec.others, "models beside the base"),
+                )
+                if count < limits[0] or (limits[1] is not None and count > limits[1])
+            ]
+        if problems:
+            raise PlanError("\n".join(problems))
 
     def _inputs(self, name: str, models: Iterable[Model]) -> tuple[Source, ...]:
         return tuple(model.checkpoint.tensors[name] for model in models)
@@ -250,14 +328,14 @@ class _Planner:
         dtype = SAFETENSORS_DTYPE[wanted] if wanted is not None and stored.dtype in FLOATS else stored.dtype
         return OutputTensor(name, dtype, stored.shape)
 
-    def _weight(self, model: Model, tensor_name: str) -> float:
-        setting = self.entries[model.name].parameters.weight
-        value = None if setting is None else setting.evaluate(tensor_name, self.depths[tensor_name])
-        return self._setting(self.recipe.parameters.weight, tensor_name, 1.0) if value is None else value
+    def _weights(self, models: Iterable[Model], tensor_name: str, rule: Rule | None) -> tuple[float, ...]:
+        return tuple(self.parameters.number("weight", tensor_name, rule, model.name) for model in models)
 
-    def _setting(self, setting: Setting | None, tensor_name: str, default: float) -> float:
-        value = None if setting is None else setting.evaluate(tensor_name, self.depths[tensor_name])
-        return default if value is None else value
+    def _notes(self) -> Iterable[str]:
+        if idle := self.parameters.idle():
+            yield f"no method of this recipe uses {', '.join(idle)}; passed over, as mergekit does"
+        if self.recipe.merge_method == "linear" and len(self._participants("linear", None)) > len(self.models):
+            yield "the base is averaged in as well, as in mergekit, since parameters.weight holds for it too"
 
     def _table(self, owners: Mapping[str, int], modules: tuple[UpscaledModule, ...]) -> Iterable[Claim]:
         for i in (*range(len(self.recipe.rules)), None):
@@ -274,7 +352,17 @@ class _Planner:
             )
 
 
-def _divisor(weights: tuple[float, ...], normalize: bool | None) -> float:
+def _amount(limits: tuple[int, int | None]) -> str:
+    fewest, most = limits
+    return f"at least {fewest}" if most is None else f"{most}" if fewest == most else f"{fewest} to {most}"
+
+
+def _tensor_seed(seed: int, name: str) -> int:
+    """A seed of each tensor's own, so that neither threads nor their order change what a method draws for it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+
+
+def _divisor(weights: tuple[float, ...], normalize: bool) -> float:
     """What task arithmetic divides by; mergekit leaves weights that cancel as they are."""
     total = sum(weights)
     return total if normalize and abs(total) >= 1e-8 else 1.0

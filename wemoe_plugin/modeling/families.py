@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wemoe_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from wemoe_plugin.checkpoints.ranges import read_tensors
+from wemoe_plugin.checkpoints.tensors import read_tensors
 from wemoe_plugin.errors import CheckpointError
 
 

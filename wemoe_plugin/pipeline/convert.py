@@ -36,7 +36,8 @@ def convert(source: Path, out: Path, like: Path | None = None, *, force: bool = 
     library = None if like is None else open_checkpoint(like).library
     if like is not None and library is None:
         raise CheckpointError(f"{like}: must be a directory with a configuration")
-    with staged_directory(out, force, doubt_output) as work:
+    with staged_directory(out, force, doubt_output) as stage:
+        work = stage.directory
         if like is not None:
             copy_companions(like, work, None)
         _write(tensors, work / f"{WEIGHT_NAMES[library or 'transformers']}.safetensors")
@@ -47,12 +48,15 @@ def convert(source: Path, out: Path, like: Path | None = None, *, force: bool = 
 def _write(tensors: dict[str, StoredTensor], path: Path) -> None:
     ordered = sorted(tensors.items(), key=lambda item: -ITEM_BYTES[item[1].dtype])
     file = TensorFile(path, ((name, tensor.dtype, tensor.shape) for name, tensor in ordered))
+    buffer = memoryview(bytearray(CHUNK_ELEMENTS * max(ITEM_BYTES.values())))
     try:
-        with RangeReader(tensor.file for tensor in tensors.values()) as reader:
+        with RangeReader(dict.fromkeys(tensor.file for tensor in tensors.values())) as reader:
             for name, tensor in ordered:
                 for start in range(0, tensor.elements, CHUNK_ELEMENTS):
                     count = min(CHUNK_ELEMENTS, tensor.elements - start)
-                    file.write(name, start, reader.read(tensor, start, count))
+                    part = buffer[: count * ITEM_BYTES[tensor.dtype]]
+                    reader.fill(tensor, start, part)
+                    file.put(name, start, part)
         file.sync()
     finally:
         file.close()

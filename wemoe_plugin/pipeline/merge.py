@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from wemoe_plugin.checkpoints.companions import copy_companions
 from wemoe_plugin.checkpoints.header import FLOATS
@@ -16,12 +17,13 @@ from wemoe_plugin.checkpoints.staging import staged_directory
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.card import model_card
 from wemoe_plugin.merging.executor import Progress, execute_plan
+from wemoe_plugin.merging.journal import Journal
 from wemoe_plugin.merging.plan import MergePlan
-from wemoe_plugin.modeling.attach import misplaced_layers, save_routers
 from wemoe_plugin.modeling.config import CONFIG_NAME, LayerConfig, ModuleConfig, RouterConfig, WemoeConfig
-from wemoe_plugin.modeling.families import FAMILIES
-from wemoe_plugin.modeling.router import Router
 from wemoe_plugin.recipe.loading import RecipeFile, load_recipe
+
+if TYPE_CHECKING:
+    from wemoe_plugin.modeling.router import Router
 
 
 def merge(
@@ -30,9 +32,10 @@ def merge(
     out: Path,
     *,
     force: bool = False,
+    resume: bool = False,
     jobs: int | None = None,
     max_memory: int | None = None,
-    seed: int | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> None:
     """Carry out a plan; the output directory appears whole or not at all.
@@ -42,28 +45,30 @@ def merge(
         plan: of the recipe.
         out: the output directory.
         force: replace an earlier output.
+        resume: go on with what a run that was killed has left.
         jobs: threads; default all processors.
         max_memory: bytes of all buffers together.
-        seed: of the routers' initial weights; default the recipe's.
+        device: where the arithmetic is done, a name of torch's.
         progress: told about input bytes as they are done.
 
     Raises:
         WemoeError: see `wemoe_plugin.merging.executor.execute_plan` and
             `wemoe_plugin.checkpoints.staging.staged_directory`.
     """
-    if seed is None:
-        seed = source.recipe.tuning.seed if source.recipe.tuning else 0
     if plan.modules:
         _check_modules(plan)
-    with staged_directory(out, force, doubt_output) as work:
+    made_from = _fingerprint(source, plan, device)
+    with staged_directory(out, force, doubt_output, made_from=made_from, resume=resume) as stage:
+        work = stage.directory
         copy_companions(plan.base.checkpoint.path, work, _common_dtype(plan))
-        execute_plan(plan, work, jobs=jobs, max_memory=max_memory, progress=progress)
+        with Journal(stage.journal) as journal:
+            execute_plan(
+                plan, work, jobs=jobs, max_memory=max_memory, device=device, journal=journal, progress=progress
+            )
         if len(plan.static_files) > 1:
             _write_index(plan, work)
         if plan.modules:
-            config = wemoe_config(plan)
-            (work / CONFIG_NAME).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            save_routers(work, fresh_routers(config, seed))
+            _write_upscaled(plan, work)
         shutil.copyfile(source.path, work / "recipe.yaml")
         if source.tasks_path is not None:
             shutil.copyfile(source.tasks_path, work / "tasks.yaml")
@@ -76,8 +81,26 @@ def merge(
         write_manifest(work, {**places, "recipe_sha256": sha256_of(source.path)})
 
 
+def _fingerprint(source: RecipeFile, plan: MergePlan, device: str) -> str:
+    """Changes with whatever the output's bytes depend on."""
+    text = source.path.read_bytes() + (b"" if source.tasks_path is None else source.tasks_path.read_bytes())
+    depends_on = (importlib.metadata.version("wemoe-plugin"), plan, device, sorted(plan.stamps.items()))
+    return hashlib.sha256(text + repr(depends_on).encode()).hexdigest()
+
+
+def _write_upscaled(plan: MergePlan, directory: Path) -> None:
+    from wemoe_plugin.modeling.attach import save_routers
+
+    config = wemoe_config(plan)
+    (directory / CONFIG_NAME).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    save_routers(directory, fresh_routers(config, plan.seed))
+
+
 def _check_modules(plan: MergePlan) -> None:
     """Names and shapes cannot tell a Linear layer from all others: ask the model itself."""
+    from wemoe_plugin.modeling.attach import misplaced_layers
+    from wemoe_plugin.modeling.families import FAMILIES
+
     model = FAMILIES[plan.library].skeleton(plan.base.checkpoint.path)
     problems = [] if model is None else misplaced_layers(model, wemoe_config(plan))
     if problems:
@@ -127,6 +150,10 @@ def wemoe_config(plan: MergePlan) -> WemoeConfig:
 
 def fresh_routers(config: WemoeConfig, seed: int) -> dict[str, Router]:
     """Routers that give λ for any input, by name."""
+    import torch
+
+    from wemoe_plugin.modeling.router import Router
+
     generator = torch.Generator().manual_seed(seed)
     lambdas = {module.router: module.lambdas for module in config.modules}
     return {

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from wemoe_plugin.checkpoints.ranges import read_tensors
 from wemoe_plugin.checkpoints.reference import open_reference
+from wemoe_plugin.checkpoints.tensors import read_tensors
+from wemoe_plugin.devices import check_device
 from wemoe_plugin.errors import CheckpointError, TuningError
 from wemoe_plugin.merging.alignment import align
 from wemoe_plugin.modeling.families import FAMILIES, ModelFamily
@@ -19,18 +20,6 @@ from wemoe_plugin.recipe.loading import RecipeFile
 from wemoe_plugin.recipe.schema import TaskSpec
 from wemoe_plugin.tasks.head import ZeroShotHead, check_labels, choose_class_names, zero_shot_head
 from wemoe_plugin.tasks.images import ImageSet, load_images
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        TuningError: torch does not know it or cannot use it.
-    """
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise TuningError(f"--device {name}: cannot be used: {str(error).splitlines()[0]}") from None
 
 
 class Workbench:

@@ -11,17 +11,13 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from wemoe_plugin.errors import RecipeError
-from wemoe_plugin.recipe.schema import RULE_METHODS, STATIC_METHODS, Recipe
+from wemoe_plugin.recipe.methods import METHODS, STREAMED, Parameter
+from wemoe_plugin.recipe.schema import Recipe
+from wemoe_plugin.recipe.settings import Setting, parse_setting
 from wemoe_plugin.recipe.yaml_source import Location, YamlSource, read_yaml
 
 MERGEKIT_ONLY = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
 """Keys of mergekit recipes that this command does not carry out."""
-
-_MERGEKIT_METHODS = (
-    *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear"),
-    *("karcher", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce"),
-    *("slerp", "ties"),
-)
 
 _Problem = tuple[YamlSource, Location, str]
 
@@ -104,6 +100,7 @@ def load_recipe(
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         problems += [(*place(where), text) for where, text in _explain(error, data)]
+    problems += [(*place(where), text) for where, text in _parameter_problems(data)]
     if recipe is not None:
         problems += [(*place(where), text) for where, text in _inconsistencies(recipe)]
     if problems or recipe is None:
@@ -137,11 +134,9 @@ def _explain(error: ValidationError, data: dict[str, Any]) -> Iterable[tuple[Loc
         elif kind == "missing":
             text = "is missing"
             if location == ("merge_method",):
-                text = f"is missing; it says what becomes of whatever no rule claims: {', '.join(STATIC_METHODS)}"
+                text = f"is missing; it says what becomes of whatever no rule claims: {', '.join(STREAMED)}, ..."
         elif kind == "literal_error":
             text = f"{value!r} is not one of {detail['ctx']['expected']}"
-            if location[-1] == "merge_method":
-                text = _unknown_method(value, STATIC_METHODS if len(location) == 1 else RULE_METHODS)
         else:
             text = detail["msg"].removeprefix("Value error, ")
             text = f"{text[:1].lower()}{text[1:]}"
@@ -195,28 +190,82 @@ def _model_in(annotation: Any) -> Any:
     return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)
 
 
-def _unknown_method(value: Any, known: tuple[str, ...]) -> str:
-    if value == "wemoe":
-        return "wemoe upscales parts of the network: name them in rules, each with merge_method: wemoe"
-    if value in _MERGEKIT_METHODS:
-        return f"{value} is mergekit's; run such a recipe with mergekit-yaml (known here: {', '.join(known)})"
-    near = difflib.get_close_matches(str(value), known, 1, 0.6)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown merge method {value!r}{hint} (known: {', '.join(known)})"
+def _parameter_problems(data: dict[str, Any]) -> Iterable[tuple[Location, str]]:
+    """Parameters that no method of the recipe has, and values of another kind than theirs."""
+    rules, entries = _mappings(data.get("rules")), _mappings(data.get("models"))
+    named = [*(rule.get("merge_method") for rule in rules.values()), data.get("merge_method")]
+    methods = [name for name in named if isinstance(name, str)]
+    places: list[tuple[Location, Any, list[str]]] = [(("parameters",), data.get("parameters"), methods)]
+    places += [(("models", i, "parameters"), entry.get("parameters"), methods) for i, entry in entries.items()]
+    places += [
+        (("rules", i, "parameters"), rule.get("parameters"), [str(rule.get("merge_method"))])
+        for i, rule in rules.items()
+    ]
+    for location, parameters, users in places:
+        if isinstance(parameters, dict) and all(user in METHODS or user == "wemoe" for user in users):
+            for name, value in parameters.items():
+                problem = _parameter_problem(location, str(name), value, users)
+                if problem is not None:
+                    yield (*location, name), problem
+
+
+def _mappings(value: Any) -> dict[int, dict[str, Any]]:
+    return {i: item for i, item in enumerate(value) if isinstance(item, dict)} if isinstance(value, list) else {}
+
+
+def _parameter_problem(location: Location, name: str, value: Any, users: list[str]) -> str | None:
+    in_rule = location[0] == "rules"
+    if in_rule and users == ["wemoe"]:
+        if name in ("router", "task_vectors"):
+            return None
+        cure = "; its λ is router.init_lambda" if name == "lambda" else ""
+        return f"wemoe does not use {name} (it uses router, task_vectors{cure})"
+    known = {key: spec for user in users if user in METHODS for key, spec in METHODS[user].parameters.items()}
+    if "wemoe" in users:  # its λ and the weights of its experts are the recipe's
+        known |= METHODS["task_arithmetic"].parameters
+    if name in known:
+        return _value_problem(known[name], value)
+    if any(name in (*method.parameters, *method.idle) for method in METHODS.values()):
+        # mergekit passes over what a method does not use, and so must a recipe of its; the plan says so
+        return f"{users[0]} does not use {name} (it uses {', '.join(known) or 'none'})" if in_rule else None
+    if name in ("router", "task_vectors"):
+        return f"{name} is for rules with merge_method: wemoe"
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"unknown key; did you mean {near[0]!r}?" if near else f"unknown key; {_listed(known)}"
+
+
+def _listed(known: Iterable[str]) -> str:
+    names = ", ".join(sorted(known))
+    return f"known here: {names}" if names else "the method has none"
+
+
+def _value_problem(parameter: Parameter, value: Any) -> str | None:
+    try:
+        setting: Setting = parse_setting(value)
+    except ValueError:
+        return None  # the schema says so
+    anchors = [anchor for gradient in setting.values() for anchor in gradient.anchors]
+    if parameter.kind == "flag":
+        return None if all(isinstance(anchor, bool) for anchor in anchors) else "expected true or false"
+    if any(isinstance(anchor, bool) for anchor in anchors):
+        return "expected a number, not true or false"
+    if parameter.kind == "integer" and not all(
+        len(gradient.anchors) == 1 and float(gradient.anchors[0]).is_integer() for gradient in setting.values()
+    ):
+        return "expected a whole number"
+    return None
 
 
 def _inconsistencies(recipe: Recipe) -> Iterable[tuple[Location, str]]:
     """What single values cannot show."""
     methods = {recipe.merge_method, *(rule.merge_method for rule in recipe.rules)}
-    needy = sorted(methods - {"linear"})
+    needy = sorted(m for m in methods if m == "wemoe" or METHODS[m].base == "required")
     if recipe.base_model is None and needy:
         yield ("base_model",), f"is missing; {', '.join(needy)} need it"
     names = [entry.name for entry in recipe.models]
     for i, name in enumerate(names):
         if name in names[:i]:
             yield ("models", i, "name"), f"two models are named {name!r}; give one of them another name"
-    if recipe.parameters.lambda_ is not None and not methods & {"task_arithmetic", "wemoe"}:
-        yield ("parameters", "lambda"), f"{recipe.merge_method} does not use lambda"
     for task_name, task in (recipe.tasks or {}).items():
         expert = task.expert or task_name
         if expert not in names:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
+from wemoe_plugin.recipe.methods import METHODS
 from wemoe_plugin.recipe.patterns import KEYWORDS, Pattern, glob_expression
 from wemoe_plugin.recipe.settings import Setting, parse_setting
-
-STATIC_METHODS = ("task_arithmetic", "linear", "base")
-RULE_METHODS = (*STATIC_METHODS, "wemoe")
-
-_USED_BY = {
-    "task_arithmetic": {"lambda", "normalize"},
-    "linear": {"normalize"},
-    "base": set(),
-    "wemoe": {"router", "task_vectors"},
-}
 
 
 def _parse_pattern(value: Any) -> Pattern:
@@ -32,6 +25,20 @@ def _parse_pattern(value: Any) -> Pattern:
     return Pattern(tuple(globs))
 
 
+def _static_method(name: str) -> str:
+    if name in METHODS:
+        return name
+    if name == "wemoe":
+        raise ValueError("wemoe upscales parts of the network: name them in rules, each with merge_method: wemoe")
+    near = difflib.get_close_matches(name, METHODS, 1, 0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown merge method {name!r}{hint} (known: {', '.join(METHODS)}, and wemoe in rules)")
+
+
+def _rule_method(name: str) -> str:
+    return name if name == "wemoe" else _static_method(name)
+
+
 def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("expected a number, not true or false")
@@ -40,7 +47,7 @@ def _number(value: Any) -> Any:
 
 Positive = Annotated[int, Field(ge=1, strict=True), BeforeValidator(_number)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True), BeforeValidator(_number)]
-NumberSetting = Annotated[Setting, BeforeValidator(parse_setting)]
+ParameterSetting = Annotated[Setting, BeforeValidator(parse_setting)]
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 
@@ -84,37 +91,26 @@ class TaskVectorSpec(Strict):
         return self
 
 
-class RuleParameters(Strict):
-    """Parameters of one rule; which ones apply depends on its method."""
+class RuleParameters(BaseModel):
+    """Parameters of one rule: a static method's by name (in ``settings``), or for ``wemoe`` these two."""
 
-    lambda_: Annotated[NumberSetting | None, Field(alias="lambda")] = None
-    normalize: Annotated[bool | None, Field(strict=True)] = None
+    model_config = ConfigDict(extra="allow", frozen=True, arbitrary_types_allowed=True)
+    __pydantic_extra__: dict[str, ParameterSetting] = Field(init=False)
+
     router: RouterSpec | None = None
     task_vectors: TaskVectorSpec | None = None
+
+    @property
+    def settings(self) -> Mapping[str, Setting]:
+        return self.__pydantic_extra__
 
 
 class Rule(Strict):
     """How one part of the network is merged. The first rule that matches a tensor wins."""
 
     match: Annotated[Pattern, BeforeValidator(_parse_pattern)]
-    merge_method: Literal["task_arithmetic", "linear", "base", "wemoe"]
+    merge_method: Annotated[str, AfterValidator(_rule_method)]
     parameters: RuleParameters = RuleParameters()
-
-    @model_validator(mode="after")
-    def _parameters_belong_to_the_method(self) -> Self:
-        given = {"lambda" if name == "lambda_" else name for name in self.parameters.model_fields_set}
-        idle = sorted(given - _USED_BY[self.merge_method])
-        if idle:
-            used = ", ".join(sorted(_USED_BY[self.merge_method])) or "none"
-            cure = "; for wemoe, λ is router.init_lambda" if self.merge_method == "wemoe" and "lambda" in idle else ""
-            raise ValueError(f"{self.merge_method} does not use {', '.join(idle)} (it uses {used}{cure})")
-        return self
-
-
-class ModelParameters(Strict):
-    """Parameters of one model: ``weight`` is its factor in the merge."""
-
-    weight: NumberSetting | None = None
 
 
 class ModelEntry(Strict):
@@ -124,11 +120,12 @@ class ModelEntry(Strict):
         model: a directory, a file, a hub id, ``model@revision`` or ``model+adapter``; relative paths start at the
             recipe, then at the current folder.
         name: names routing columns and reports; default the last part of the path.
+        parameters: of the method, for this model: ``weight`` is its factor in the merge.
     """
 
     model: Annotated[str, Field(min_length=1)]
     name: str = ""
-    parameters: ModelParameters = ModelParameters()
+    parameters: dict[str, ParameterSetting] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -145,14 +142,6 @@ class ModelEntry(Strict):
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError("a name has letters, digits, '_', '-' and '.' only")
         return name
-
-
-class Parameters(Strict):
-    """Parameters of the default method, mergekit's names."""
-
-    lambda_: Annotated[NumberSetting | None, Field(alias="lambda")] = None
-    weight: NumberSetting | None = None
-    normalize: Annotated[bool | None, Field(strict=True)] = None
 
 
 class HeadSpec(Strict):
@@ -240,14 +229,15 @@ class Recipe(Strict):
 
     Attributes:
         merge_method: for whatever no rule claims.
+        parameters: of every method that has them and is not told otherwise by a model or a rule.
         dtype: of the arithmetic; default float32, whatever the inputs are stored in.
         out_dtype: of the written tensors; default ``dtype`` if given, else as the base (or first model) stores them.
     """
 
-    merge_method: Literal["task_arithmetic", "linear", "base"]
+    merge_method: Annotated[str, AfterValidator(_static_method)]
     models: tuple[ModelEntry, ...]
     base_model: Annotated[str, Field(min_length=1)] | None = None
-    parameters: Parameters = Parameters()
+    parameters: dict[str, ParameterSetting] = {}
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     rules: tuple[Rule, ...] = ()

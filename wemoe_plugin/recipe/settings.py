@@ -1,25 +1,30 @@
-"""A parameter's value as mergekit writes it: a number, a gradient over depth, or values by tensor name."""
+"""A parameter's value as mergekit writes it: a plain value, a gradient over depth, or values by tensor name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+Scalar = float | bool
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """A number, or several that are interpolated linearly over the depth of the network."""
+    """A value, or several over the depth of the network: numbers are interpolated linearly, flags are chosen."""
 
-    anchors: tuple[float, ...]
+    anchors: tuple[Scalar, ...]
 
-    def at(self, depth: float) -> float:
+    def at(self, depth: float) -> Scalar:
         """The value at a relative depth in [0, 1]."""
         scaled = min(max(depth, 0.0), 1.0) * (len(self.anchors) - 1)
         low = int(scaled)
+        if any(isinstance(anchor, bool) for anchor in self.anchors):
+            return self.anchors[low]
         high = min(low + 1, len(self.anchors) - 1)
         share = scaled - low
-        return (1 - share) * self.anchors[low] + share * self.anchors[high]
+        return (1 - share) * self.anchors[low] + share * self.anchors[high] if share else self.anchors[low]
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,20 @@ class Condition:
 
 @dataclass(frozen=True)
 class Setting:
-    """A numeric parameter, evaluated per tensor as mergekit's ``evaluate_setting`` does: the first condition wins."""
+    """A parameter, evaluated per tensor as mergekit's ``evaluate_setting`` does: the first condition wins."""
 
     conditions: tuple[Condition, ...]
 
-    def evaluate(self, tensor_name: str, depth: float) -> float | None:
+    def evaluate(self, tensor_name: str, depth: float) -> Scalar | None:
         """The value for one tensor at a relative depth in [0, 1]; None where no condition holds."""
         for condition in self.conditions:
             if condition.holds(tensor_name):
                 return condition.value.at(depth)
         return None
+
+    def values(self) -> Iterator[Gradient]:
+        """Every value it may take."""
+        return (condition.value for condition in self.conditions)
 
 
 def parse_setting(value: Any) -> Setting:
@@ -73,8 +82,11 @@ def _condition(item: Any) -> Condition:
 
 def _gradient(value: Any) -> Gradient:
     values = value if isinstance(value, list) else [value]
-    if not values or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-        raise ValueError("expected a number, a list of numbers (a gradient over depth), or a list of {filter, value}")
-    if any(v != v or v in (float("inf"), float("-inf")) for v in values):
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if not values or not (len(numbers) == len(values) or all(isinstance(v, bool) for v in values)):
+        raise ValueError(
+            "expected a number or true or false, a list of them (a gradient over depth), or a list of {filter, value}"
+        )
+    if not all(abs(v) < 1e300 and math.isfinite(v) for v in numbers):
         raise ValueError("expected finite numbers")
-    return Gradient(tuple(float(v) for v in values))
+    return Gradient(tuple(v if isinstance(v, bool) else float(v) for v in values))

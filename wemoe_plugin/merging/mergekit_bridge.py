@@ -1,0 +1,99 @@
+"""Carry out mergekit's methods, and make ours known to it: the only module that imports mergekit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mergekit import merge_methods
+from mergekit.merge_methods import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethod,
+    MergeMethodSpec,
+    ParameterScope,
+    PerInputValues,
+    TensorEntry,
+    TensorGroup,
+    TensorMetadata,
+)
+from mergekit.merge_methods.base import ParameterSpec
+from torch import Tensor
+
+from wemoe_plugin.merging.operations import Delegate
+from wemoe_plugin.merging.spectral import isotropic_merge, task_singular_vectors_merge
+from wemoe_plugin.recipe.methods import OURS
+
+_DRAWING = threading.Lock()
+"""torch draws from one generator for all threads: who seeds it must have it alone until done."""
+
+
+class _SpectralMerge(GroupMergeMethod):  # type: ignore[misc]
+    """A merge of task vectors by their singular values, as a method of mergekit's."""
+
+    def __init__(self, name: str) -> None:
+        method = OURS[name]
+        self.merge = {"iso_c": isotropic_merge, "tsv_m": task_singular_vectors_merge}[name]
+        self.spec = MergeMethodSpec(
+            name=name,
+            pretty_name=method.title,
+            reference_url=method.source,
+            parameters=(
+                ParameterSpec("lambda", float, ParameterScope.SHARED, default=1.0),
+                ParameterSpec("weight", float, ParameterScope.NON_BASE, default=1.0),
+            ),
+            contract=InputContract(base=BasePolicy.REQUIRED),
+        )
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        base: Tensor = group.base.tensor
+        if not group.non_base:
+            return base
+        vectors = torch.stack([(entry.tensor - base) * parameters["weight"][entry.id] for entry in group.non_base])
+        merged: Tensor = base + parameters["lambda"] * self.merge(vectors)
+        return merged
+
+
+def register_methods() -> None:
+    """Make ``iso_c`` and ``tsv_m`` known to mergekit by name, for its own commands run in this process too.
+
+    Calling it again changes nothing.
+    """
+    known = {method.spec.name for method in merge_methods.registered_methods()}
+    for name in ("iso_c", "tsv_m"):
+        if name not in known:
+            merge_methods.register(_SpectralMerge(name))
+
+
+def merge_tensors(operation: Delegate, tensors: Sequence[Tensor]) -> Tensor:
+    """Call a method's kernel.
+
+    Args:
+        operation: which method, its parameters, which input is the base, and the seed if it draws numbers.
+        tensors: the inputs, of one shape, dtype and device.
+
+    Returns:
+        The merged tensor, of the same shape and dtype.
+    """
+    register_methods()
+    method = merge_methods.get(operation.method)
+    entries = tuple(TensorEntry(k, tensor, is_base=k == operation.base) for k, tensor in enumerate(tensors))
+    group = TensorGroup(entries, TensorMetadata(operation.output.name))
+    parameters: dict[str, Any] = dict(operation.shared)
+    for parameter in method.spec.input_parameters:
+        ids = [e.id for e in entries if not (e.is_base and parameter.scope == ParameterScope.NON_BASE)]
+        parameters[parameter.name] = PerInputValues([(k, operation.per_input[k][parameter.name]) for k in ids])
+    if operation.seed is None:
+        return _call(method, group, parameters)
+    with _DRAWING, torch.random.fork_rng(devices=[t.device for t in tensors[:1] if t.device.type == "cuda"]):
+        torch.manual_seed(operation.seed)
+        return _call(method, group, parameters)
+
+
+def _call(method: MergeMethod, group: TensorGroup, parameters: dict[str, Any]) -> Tensor:
+    result: Tensor
+    (result,) = method((group,), parameters=parameters)
+    return result
