@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from wemoe_plugin.pipeline.workbench import Workbench
     from wemoe_plugin.recipe.loading import RecipeFile
     from wemoe_plugin.recipe.schema import TuningSpec
+    from wemoe_plugin.recipe.whole import WholeRecipe
 
 
 class _DefaultGroup(TyperGroup):
@@ -134,9 +135,17 @@ def merge_command(
     say = speaker(quiet or json)
     limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
     timings: dict[str, float] = {}
+    check_device(device)
+    if (whole := _whole(recipe)) is not None:
+        if limit is not None or resume:
+            raise WemoeError(f"{recipe}: mergekit carries out such a recipe; it knows no --max-memory and no --resume")
+        target = out if out is not None else Path("merged") / recipe.stem
+        _merge_whole(whole, target, say, timings, force=force, device=device, shard=shard_size, seed=seed or 0)
+        if json:
+            print_json({"directory": str(target), "seconds": timings})
+        return
     with timed(timings, "plan"):
         source, plan = _planned(recipe, shard_size, seed)
-        check_device(device)
         target = out if out is not None else Path("merged") / recipe.stem
         from wemoe_plugin.checkpoints.manifest import doubt_output
         from wemoe_plugin.checkpoints.staging import check_output
@@ -192,6 +201,15 @@ def plan_command(
     json: JsonOption = False,
 ) -> None:
     """Show what a merge would do, from the files' headers alone: no tensor is read, nothing is written."""
+    if (whole := _whole(recipe)) is not None:
+        from wemoe_plugin.pipeline.handover import whole_lines
+
+        lines = whole_lines(whole, format_size)
+        if json:
+            print_json({"mergekit": list(whole.keys), "models": list(whole.models)})
+        else:
+            typer.echo("\n".join(lines))
+        return
     _, plan = _planned(recipe, shard_size)
     from wemoe_plugin.merging.memory import available_processors, peak_memory
     from wemoe_plugin.merging.plan_table import plan_json, plan_lines
@@ -303,6 +321,35 @@ def _tune_and_score(
 
 def _reseeded(spec: TuningSpec, seed: int | None) -> TuningSpec:
     return spec if seed is None else spec.model_copy(update={"seed": seed})
+
+
+def _whole(recipe: Path) -> WholeRecipe | None:
+    from wemoe_plugin.recipe.whole import read_whole_recipe
+
+    return read_whole_recipe(recipe)
+
+
+def _merge_whole(
+    recipe: WholeRecipe,
+    out: Path,
+    say: Say,
+    timings: dict[str, float],
+    *,
+    force: bool,
+    device: str,
+    shard: str,
+    seed: int,
+) -> None:
+    from wemoe_plugin.checkpoints.manifest import doubt_output
+    from wemoe_plugin.checkpoints.staging import check_output
+    from wemoe_plugin.pipeline.handover import merge_whole, whole_lines
+
+    check_output(out, force, doubt_output)
+    for line in whole_lines(recipe, format_size):
+        say(line)
+    with timed(timings, "merge"):
+        merge_whole(recipe, out, force=force, device=device, seed=seed, shard_bytes=parse_size(shard, "--shard-size"))
+    say(f"merged in {timings['merge']:.1f} s: {out}")
 
 
 def _planned(recipe: Path, shard_size: str, seed: int | None = None) -> tuple[RecipeFile, MergePlan]:

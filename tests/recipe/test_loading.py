@@ -124,7 +124,7 @@ def test_reports_all_problems_at_once_by_line(tmp_path: Path) -> None:
         ("tune: {path: imagefolder, data_dir: tune}", "label: label", "tasks.digits: tuning needs tune:"),
         ("steps: 10", "steps: true", "tuning.steps: expected a number, not true or false"),
         ("steps: 10", "stepz: 10", "tuning.stepz: unknown key; did you mean 'steps'?"),
-        ("dtype: float32", "slices: []", "slices is carried out by mergekit"),
+        ("dtype: float32", "slices: []", "slices is for recipes that mergekit carries out as a whole"),
         ("objective: distill", "objective: destill", "'destill' is not one of 'distill', 'entropy' or 'infomax'"),
     ],
 )

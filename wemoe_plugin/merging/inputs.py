@@ -77,10 +77,18 @@ def _misfits(base: Model, experts: tuple[Model, ...]) -> Iterable[str]:
         for name in (name for name in tensors if name in reference):
             if tensors[name].shape != reference[name].shape:
                 shapes = f"{list(tensors[name].shape)}, the base {list(reference[name].shape)}"
-                yield f"{where}: {name!r} has shape {shapes}"
+                yield f"{where}: {name!r} has shape {shapes}{_grown(tensors[name].shape, reference[name].shape, name)}"
             elif (tensors[name].dtype in FLOATS) != (reference[name].dtype in FLOATS):
                 yield f"{where}: {name!r} is {tensors[name].dtype}, in the base {reference[name].dtype}"
         yield from (f"{where}: {problem}" for problem in _other_activation(expert.checkpoint, base.checkpoint))
+
+
+def _grown(shape: tuple[int, ...], base: tuple[int, ...], name: str) -> str:
+    """What to do about a vocabulary with more entries than the base's."""
+    embedding = any(word in name for word in ("embed", "wte", "lm_head", "shared"))
+    if not embedding or len(shape) != 2 or shape[1:] != base[1:]:
+        return ""
+    return "; with tokenizer_source: union (or base) mergekit aligns vocabularies that differ"
 
 
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "feed_forward_proj", "dense_act_fn")

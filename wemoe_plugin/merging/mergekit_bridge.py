@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +24,14 @@ from mergekit.merge_methods import (
     TensorMetadata,
 )
 from mergekit.merge_methods.base import ParameterSpec
+from pydantic import ValidationError
 from torch import Tensor
 
+from wemoe_plugin.errors import PlanError, RecipeError
 from wemoe_plugin.merging.operations import Delegate
 from wemoe_plugin.merging.spectral import isotropic_merge, task_singular_vectors_merge
 from wemoe_plugin.recipe.methods import OURS
+from wemoe_plugin.recipe.whole import WholeRecipe
 
 _DRAWING = threading.Lock()
 """torch draws from one generator for all threads: who seeds it must have it alone until done."""
@@ -97,3 +103,31 @@ def _call(method: MergeMethod, group: TensorGroup, parameters: dict[str, Any]) -
     result: Tensor
     (result,) = method((group,), parameters=parameters)
     return result
+
+
+def run_recipe(recipe: WholeRecipe, directory: Path, options: Mapping[str, Any]) -> None:
+    """Carry out a recipe as ``mergekit-yaml`` does.
+
+    Args:
+        recipe: for mergekit.
+        directory: an existing directory to write to.
+        options: of mergekit's ``MergeOptions``.
+
+    Raises:
+        RecipeError: mergekit does not accept the recipe.
+        PlanError: mergekit cannot carry it out.
+    """
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    register_methods()
+    try:
+        configuration = MergeConfiguration.model_validate(recipe.data)
+    except (ValidationError, RuntimeError) as error:
+        raise RecipeError(f"{recipe.path}: mergekit does not accept it: {error}") from None
+    hidden = redirect_stderr(io.StringIO()) if options.get("quiet") else nullcontext()  # it has bars that never are
+    try:
+        with hidden:
+            run_merge(configuration, str(directory), MergeOptions(**options), config_source=recipe.text)
+    except Exception as error:  # mergekit raises anything
+        raise PlanError(f"{recipe.path}: mergekit cannot carry it out: {error}") from error

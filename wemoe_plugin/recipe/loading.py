@@ -14,10 +14,8 @@ from wemoe_plugin.errors import RecipeError
 from wemoe_plugin.recipe.methods import METHODS, STREAMED, Parameter
 from wemoe_plugin.recipe.schema import Recipe
 from wemoe_plugin.recipe.settings import Setting, parse_setting
+from wemoe_plugin.recipe.whole import WHOLE_KEYS
 from wemoe_plugin.recipe.yaml_source import Location, YamlSource, read_yaml
-
-MERGEKIT_ONLY = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
-"""Keys of mergekit recipes that this command does not carry out."""
 
 _Problem = tuple[YamlSource, Location, str]
 
@@ -164,8 +162,8 @@ def _written_location(location: Location, data: Any) -> Location:
 
 def _unknown_key(location: Location) -> str:
     key = str(location[-1])
-    if len(location) == 1 and key in MERGEKIT_ONLY:
-        return f"{key} is carried out by mergekit, not by this command; run such a recipe with mergekit-yaml"
+    if len(location) == 1 and key in WHOLE_KEYS:
+        return f"{key} is for recipes that mergekit carries out as a whole: see read_whole_recipe and merge_whole"
     known = _known_keys(location[:-1])
     near = difflib.get_close_matches(key, known, 1, 0.5)
     if near:
