@@ -6,6 +6,7 @@ large as its inputs. One descriptor per file serves all threads, since every cal
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Iterable
@@ -154,9 +155,15 @@ class TensorFile:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
+    """Take the space; where that cannot be asked for, set the length, and blocks come as they are written."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        os.ftruncate(descriptor, size)
+        return
+    try:
         os.posix_fallocate(descriptor, 0, size)
-    else:  # macOS: the file gets its length, its blocks come as they are written
+    except OSError as error:  # musl and some network file systems cannot
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
         os.ftruncate(descriptor, size)
 
 
