@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,6 @@ def _gradient(value: Any) -> Gradient:
     values = value if isinstance(value, list) else [value]
     if not values or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise ValueError("expected a number, a list of numbers (a gradient over depth), or a list of {filter, value}")
-    if any(v != v or v in (float("inf"), float("-inf")) for v in values):
+    if not all(-_LARGEST < v < _LARGEST for v in values):
         raise ValueError("expected finite numbers")
     return Gradient(tuple(float(v) for v in values))
