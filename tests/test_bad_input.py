@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,13 +39,22 @@ def change_weights(demo: Path, name: str, change: Callable[[dict[str, torch.Tens
     save_state(state, weights(demo, name))
 
 
-def shard(demo: Path) -> None:
-    """Make the base a transformers directory whose index names a shard that is not there."""
+def link(path: Path) -> None:
+    """Put a file of a model into the demo's own folder and leave a link to it."""
+    demo = path.parents[2]
+    path.symlink_to(path.rename(demo / path.name))
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 20))
+
+
+def shard(demo: Path, name: str = "model-00001-of-00001.safetensors") -> None:
+    """Make the base a transformers directory whose index names a shard that is not there, or another file."""
     base = demo / "models" / "base"
     remove(base / "open_clip_config.json")
     remove(weights(demo, "base"))
     (base / "config.json").write_text("{}")
-    index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
+    index = {"weight_map": {"w": name}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -64,6 +74,30 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "DIR/recipe.yaml:21: tasks: DIR/tasks.yaml: no such file",
     ),
     "absent shard": (shard, "the shard model-00001-of-00001.safetensors is listed but absent"),
+    "a shard outside": (
+        lambda d: shard(d, "../shapes/open_clip_model.safetensors"),
+        "the shard '../shapes/open_clip_model.safetensors' lies outside of the directory",
+    ),
+    "weights that are a link": (
+        lambda d: link(weights(d, "shapes")),
+        "DIR/models/shapes/open_clip_model.safetensors: is a link to DIR/open_clip_model.safetensors, outside of the",
+    ),
+    "a tokenizer that is a link": (
+        lambda d: link(d / "models" / "base" / "tokenizer.json"),
+        "DIR/models/base/tokenizer.json: is a link to DIR/tokenizer.json, outside of the directory",
+    ),
+    "weights that are a pipe": (
+        lambda d: (remove(weights(d, "shapes")), os.mkfifo(weights(d, "shapes"))),
+        "DIR/models/shapes/open_clip_model.safetensors: is a pipe, a socket or a device, not a file",
+    ),
+    "a tag that calls code": (
+        lambda d: edit(d / "recipe.yaml", ("merge_method: task", "dtype: !!python/object/apply:os.system [ls]\nx: ")),
+        "DIR/recipe.yaml:10: the tag 'tag:yaml.org,2002:python/object/apply:os.system' is not allowed",
+    ),
+    "an alias bomb": (
+        lambda d: (d / "recipe.yaml").write_text(BOMB),
+        "DIR/recipe.yaml:1: more than 100,000 values once aliases are followed",
+    ),
     "truncated file": (
         lambda d: weights(d, "shapes").write_bytes(weights(d, "shapes").read_bytes()[:-100]),
         "DIR/models/shapes/open_clip_model.safetensors: not a whole safetensors file: its tensors end at byte",

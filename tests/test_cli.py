@@ -128,7 +128,7 @@ def test_sizes_that_are_none(demo: Path, command: Command, option: str, value: s
 
 def test_an_unexpected_failure_has_status_1_and_no_traceback(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WEMOE_DEBUG", raising=False)
-    monkeypatch.setattr("wemoe_plugin.recipe.loading.load_recipe", lambda *_: 1 / 0)
+    monkeypatch.setattr("wemoe_plugin.recipe.whole.read_whole_recipe", lambda *_: 1 / 0)
     status, out, err = command("plan", "x.yaml")
     assert (status, out) == (1, "")
     assert err == "error: ZeroDivisionError: division by zero\n(unexpected; set WEMOE_DEBUG=1 to see where)\n"

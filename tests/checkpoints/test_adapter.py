@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from hostile import cases, json_object, odd_json, refusal
+from hypothesis import given
+from hypothesis import strategies as st
 from models import save_state
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -233,3 +237,40 @@ def test_a_local_hub_cache_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(CheckpointError, match="the hub has no someone/else"):
         open_reference("someone/else", lambda path: tmp_path / path)
     assert read_header(repo / "snapshots" / commit / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The folder of a base and its adapter, and the adapter's configuration as JSON by field."""
+    directory = tmp_path_factory.mktemp("adapter")
+    adapt(LlamaForCausalLM(LLAMA), directory, target_modules=["q_proj"])
+    config = json.loads((directory / "adapter" / "adapter_config.json").read_text())
+    return directory, {name: json.dumps(value) for name, value in config.items()}
+
+
+FIELDS = [
+    *("peft_type", "r", "lora_alpha", "alpha_pattern", "rank_pattern", "target_modules", "use_rslora", "bias"),
+    *("fan_in_fan_out", "init_lora_weights", "modules_to_save", "auto_mapping", "layers_to_transform", "eva_config"),
+    *("runtime_config", "loftq_config", "use_dora", "task_type", "self", "never heard of"),
+]
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), odd_json, min_size=1, max_size=2), st.booleans())
+@cases("adapters")
+def test_any_configuration_is_read_or_refused(
+    plain: tuple[Path, dict[str, str]], changes: dict[str, str], alone: bool
+) -> None:
+    directory, fields = plain
+    texts = changes if alone else {**fields, **changes}
+    config = directory / "adapter" / "adapter_config.json"
+    config.write_text(json_object([(f'"{name}"', text) for name, text in texts.items()]))
+
+    def check() -> None:
+        found = open_reference("base+adapter", lambda text: directory / text)
+        scales = [tensor.scale for tensor in found.tensors.values() if isinstance(tensor, AdaptedTensor)]
+        assert scales
+        assert all(math.isfinite(scale) for scale in scales)
+
+    message = refusal(check, CheckpointError)
+    assert message is None or message.startswith(f"{directory / 'adapter'}: ")
+    assert message is None or len(message.splitlines()) == 1

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import open_clip_family, save_open_clip, transformers_family
+from hostile import cases, json_object, odd_json, refusal
+from hypothesis import given
+from hypothesis import strategies as st
+from models import open_clip_family, save_open_clip, save_state, transformers_family
 
 from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
 from wemoe_plugin.checkpoints.tensors import read_tensors
@@ -96,3 +99,33 @@ def test_the_name_open_clip_itself_prefers_comes_first(tmp_path: Path) -> None:
     directory = save_open_clip(model, tmp_path / "two")
     (directory / "model.safetensors").write_bytes(b"junk")
     assert open_checkpoint(directory).tensors["visual.proj"].file.name == "open_clip_model.safetensors"
+
+
+def opens_or_is_refused(path: Path) -> None:
+    message = refusal(lambda: open_checkpoint(path), CheckpointError)
+    assert message is None or message.startswith(str(path))
+
+
+shards = st.sampled_from(['"a.safetensors"', '"config.json"', '"link.bin"', '"folder"', '"../a"', '"."', '".."', '""'])
+tensor_names = st.sampled_from(['"w"', '"ghost"', '"module.w"'])
+weight_maps = st.builds(json_object, st.lists(st.tuples(tensor_names, shards | odd_json), max_size=3)) | odd_json
+
+
+@given(st.builds(lambda weight_map: json_object([('"weight_map"', weight_map)]), weight_maps) | odd_json)
+@cases("indexes")
+def test_any_index_is_read_or_refused(tmp_path: Path, index: str) -> None:
+    (tmp_path / "folder").mkdir(exist_ok=True)
+    (tmp_path / "config.json").write_text("{}")
+    save_state({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "link.bin").unlink(missing_ok=True)
+    (tmp_path / "link.bin").symlink_to("/etc/hostname")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    opens_or_is_refused(tmp_path)
+
+
+@given(st.builds(str.encode, odd_json) | st.binary(max_size=20), st.sampled_from(["config", "open_clip_config"]))
+@cases("configurations")
+def test_any_configuration_is_read_or_refused(tmp_path: Path, config: bytes, name: str) -> None:
+    save_state({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / f"{name}.json").write_bytes(config)
+    opens_or_is_refused(tmp_path)

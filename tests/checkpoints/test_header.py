@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from hostile import cases, json_object, odd_json
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save
@@ -86,6 +88,10 @@ def entry(**changes: object) -> dict[str, object]:
         ({"a": entry(shape=[2**62, 2**62])}, "needs"),
         ({"a": entry(dtype="F8_E4M3")}, "has dtype 'F8_E4M3'; known"),
         ({"a": entry(more=1)}, "is not dtype, shape and data_offsets"),
+        ({"a": entry(shape=[10**4000, 10**4000])}, "not natural numbers"),
+        ({"a": entry(dtype=["F32"])}, "has dtype ['F32']; known"),
+        ({"\ud800": entry()}, "cannot be the name of a tensor"),
+        ({"7" * 5000: entry()}, "a tensor's name has 5,000 characters"),
         ({"a": 3}, "is not dtype, shape and data_offsets"),
         ({"a": entry(), "b": entry()}, "does not begin where the tensor before it ends"),
         ({"a": entry(data_offsets=[8, 16])}, "does not begin where"),
@@ -100,6 +106,43 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: object, message: 
         read_header(path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+names = st.sampled_from(['"a"', '"b"', '"c"', '"__metadata__"', '"\\ud800"', '"a\\u0000"', f'"{"7" * 5000}"'])
+axes = st.sampled_from(["0", "1", "2", "3"]) | odd_json
+offsets = st.sampled_from(["0", "4", "8", "12", "16", "24"]) | odd_json
+lists = st.builds(lambda items: f"[{', '.join(items)}]", st.lists(axes | offsets, max_size=3))
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> str:
+    """A header as it should be, with any number of its values exchanged and its entries repeated."""
+    entries, end = [], 0
+    for name in draw(st.lists(names, max_size=4)):
+        dtype, shape = draw(st.sampled_from(["F32", "I8"])), draw(st.lists(st.integers(0, 3), max_size=2))
+        begin, end = end, end + ITEM_BYTES[dtype] * math.prod(shape)
+        entry = {'"dtype"': f'"{dtype}"', '"shape"': str(shape), '"data_offsets"': f"[{begin}, {end}]"}
+        for key in draw(st.sets(st.sampled_from([*entry, '"more"']), max_size=1)):
+            entry[key] = draw(lists | odd_json)
+        entries.append((name, draw(st.just(json_object(list(entry.items()))) | odd_json)))
+    return draw(st.just(json_object(entries)) | odd_json) if draw(st.integers(0, 9)) == 0 else json_object(entries)
+
+
+@given(headers(), st.integers(0, 80))
+@cases("headers")
+def test_tensors_lie_in_the_file_and_apart_whatever_the_header_says(tmp_path: Path, header: str, size: int) -> None:
+    path = tmp_path / "x.safetensors"
+    text = header.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    try:
+        tensors = read_header(path).values()
+    except CheckpointError:
+        return
+    end = 8 + len(text)
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        assert tensor.offset >= end
+        end = tensor.offset + tensor.nbytes
+    assert end <= path.stat().st_size
 
 
 @given(st.binary(max_size=200))

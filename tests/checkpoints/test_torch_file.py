@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from hostile import cases, refusal
+from hypothesis import given
+from hypothesis import strategies as st
 from models import fine_tuned, open_clip_family, transformers_family
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -177,3 +181,112 @@ def test_transformers_torch_files_in_shards(tmp_path: Path) -> None:
 
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert all(torch.equal(state[name], t) for name, t in read_tensors(open_checkpoint(directory)).items())
+
+
+def saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def with_pickle(path: Path, data: bytes) -> None:
+    """A torch file with one storage of 16 bytes and any pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", data)
+        archive.writestr("x/data/0", bytes(16))
+
+
+def lies_inside_or_is_refused(path: Path) -> None:
+    def check(opaque: bool) -> None:
+        for tensor in read_torch_header(path, opaque=opaque).values():
+            assert 0 <= tensor.offset <= tensor.offset + tensor.nbytes <= path.stat().st_size
+
+    for read in (lambda: check(False), lambda: check(True)):
+        message = refusal(read, CheckpointError)
+        assert message is None or len(message.splitlines()) == 1
+
+
+WHOLE = saved({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.int8)})
+DIRECTORY = WHOLE.index(b"PK\x01\x02")
+places = st.integers(0, 400) | st.integers(DIRECTORY, len(WHOLE) - 1)
+bytes_of_interest = st.sampled_from(b"\x00\x01\x7f\x80\xff(.)0RbscitBq") | st.integers(0, 255)
+
+
+@given(st.lists(st.tuples(places, bytes_of_interest), min_size=1, max_size=6), st.integers(0, 3))
+@cases("torch files")
+def test_tensors_lie_in_the_file_whatever_its_bytes(tmp_path: Path, changes: list[tuple[int, int]], width: int) -> None:
+    data = bytearray(WHOLE)
+    for place, byte in changes:
+        data[place : place + 1 + width] = bytes([byte]) * (1 + width)
+    (tmp_path / "x.pt").write_bytes(data)
+    lies_inside_or_is_refused(tmp_path / "x.pt")
+
+
+def called(name: str) -> bytes:
+    return f"c{name.replace(':', chr(10))}\n".encode()
+
+
+STORAGE = b"(X\x07\x00\x00\x00storage" + called("torch:FloatStorage") + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+TENSOR = called("torch._utils:_rebuild_tensor_v2") + b"(" + STORAGE + b"K\x00K\x02\x85K\x01\x85\x89" + b"}tR"
+NAME = b"X\x01\x00\x00\x00w"
+pieces = st.sampled_from(
+    [
+        *(TENSOR, STORAGE, NAME, NAME + TENSOR + b"s", b"}", b"]", b")", b"(", b"N", b"K\x01", b"J\xff\xff\xff\xff"),
+        *(b"\x85", b"\x86", b"t", b"l", b"d", b"R", b"b", b"s", b"u", b"a", b"e", b"Q", b"0", b"2", b"\x81", b"\x8f"),
+        *(b"\x90", b"\x91", b"\x93", b"o", b"q\x01", b"h\x01", b"r\xff\xff\xff\xff", b"\x8a\xff" + b"\x7f" * 255),
+        *(
+            b"X\x03\x00\x00\x00\xed\xa0\x80",
+            b"}X\x06\x00\x00\x00offsetJ\xf0\xff\xff\xffsb",
+            b"\x96" + b"\xff" * 5 + b"\x00" * 3,
+        ),
+        *(called("collections:OrderedDict") + b")R", called("torch:Size"), called("torch._utils:_rebuild_tensor_v2")),
+        *(called("torch._utils:_rebuild_parameter"), called("builtins:exec") + b"V" + b"open('executed', 'w')\n\x85R"),
+        *(called("os:system") + b"Vtouch executed\n\x85R", b"(Vtouch executed\nios\nsystem\n", called("torch:load")),
+    ]
+)
+
+
+@given(st.lists(pieces, max_size=12), st.booleans())
+@cases("pickles")
+def test_a_pickle_calls_nothing_and_places_no_tensor_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: list[bytes], in_a_dict: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    body = b"".join(program)
+    with_pickle(tmp_path / "x.pt", b"\x80\x02" + (b"}" + NAME + TENSOR + body + b"s." if in_a_dict else body + b"."))
+    lies_inside_or_is_refused(tmp_path / "x.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+DEEP = b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s."
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x80\x02}" + NAME + TENSOR + b"}X\x06\x00\x00\x00offsetJ\xf0\xff\xff\xffsbs.", None),
+        (b"\x80\x02}" + NAME + TENSOR + b"s}X\x05\x00\x00\x00itemsK\x01sb.", None),
+        (b"\x80\x02}r\xff\xff\xff\x7f" + NAME + TENSOR + b"s.", None),
+        (b"\x80\x02}K\x01" + TENSOR + b"s.", "a tensor is named by a int"),
+        (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80" + TENSOR + b"s.", "cannot be the name of a tensor"),
+        (b"\x80\x02\x96" + b"\xff" * 5 + b"\x00" * 3 + b".", "its pickle is damaged"),
+        (DEEP, "a key of nested tuples"),
+    ],
+    ids=["changed tensor", "changed dict", "huge memo", "number as name", "no UTF-8", "huge bytes", "nested key"],
+)
+def test_a_pickle_cannot_harm_the_process(tmp_path: Path, data: bytes, message: str | None) -> None:
+    with_pickle(tmp_path / "x.pt", data)
+    found = refusal(lambda: read_torch_header(tmp_path / "x.pt"), CheckpointError)
+    assert found is None if message is None else found is not None and message in found
+    if found is None:
+        assert read(tmp_path / "x.pt")["w"].tolist() == [0, 0]
+
+
+def test_a_directory_that_claims_more_than_the_file_is_refused(tmp_path: Path) -> None:
+    with_pickle(tmp_path / "x.pt", b"\x80\x02}" + NAME + TENSOR.replace(b"K\x02\x85", b"J\x00\x00\x01\x00\x85") + b"s.")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    sizes = data.rindex(b"PK\x01\x02") + 20
+    data[sizes : sizes + 8] = 2 * (1 << 20).to_bytes(4, "little")
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match="the archive is damaged at 'w'"):
+        read_torch_header(tmp_path / "x.pt")

@@ -101,7 +101,7 @@ def test_the_plan_shows_the_models(family: Path, command: Command) -> None:
     ("text", "message"),
     [
         (SLICES + "rules: []\n", "DIR/recipe.yaml:6: rules cannot stand beside slices"),
-        (SLICES.replace("./e1", "./e2"), "DIR/recipe.yaml:3: ./e2: no such directory or file"),
+        (SLICES.replace("./e1", "./e2"), "DIR/recipe.yaml:3: './e2': no such directory or file"),
         (
             SLICES.replace("passthrough", "passthru"),
             "mergekit cannot carry it out: Unimplemented merge method",

@@ -6,9 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hostile import cases, refusal
+from hypothesis import given
+from hypothesis import strategies as st
 
-from wemoe_plugin.errors import RecipeError
+from wemoe_plugin.errors import CheckpointError, RecipeError
+from wemoe_plugin.merging.inputs import open_models
 from wemoe_plugin.recipe.loading import RecipeFile, load_recipe
+from wemoe_plugin.recipe.whole import read_whole_recipe
 
 GOOD = """\
 base_model: ./base
@@ -160,6 +165,12 @@ def test_tuning_without_routers_is_an_error(tmp_path: Path) -> None:
         ("", "a recipe is a mapping"),
         ("a: 1\n---\nb: 2\n", "not valid YAML"),
         ("a: &a [*a]\n", "nested too deeply"),
+        ("a: &a {<<: *a}\n", "nested too deeply"),
+        ("a: " + "[" * 100_000, "nested too deeply"),
+        ("a: {<<: 1}\n", "recipe.yaml:1: << takes a mapping"),
+        ("a: 0x" + "f" * 5000, "recipe.yaml:1: a number has 5,002 characters"),
+        ("a: 1\n" * 200_001, "recipe.yaml: has more than 1,000,000 bytes"),
+        ("a: \0\n", "recipe.yaml: not valid YAML: unacceptable character #x0000"),
     ],
 )
 def test_refuses_yaml_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
@@ -170,6 +181,116 @@ def test_refuses_alias_bombs(tmp_path: Path) -> None:
     text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     text += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
     assert "more than 100,000 values once aliases are followed" in problems(tmp_path, text)[0]
+
+
+def test_refuses_merge_bombs(tmp_path: Path) -> None:
+    text = "a0: &a0 {}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 9))
+    assert "more than 100,000 values once aliases are followed" in problems(tmp_path, text)[0]
+
+
+BOMB = (
+    "[&a [x, x, x, x, x, x, x, x, x, x], "
+    + ", ".join(f"&{b} [{f'*{a}, ' * 10}]" for a, b in zip("abcde", "bcdef", strict=True))
+    + "]"
+)
+ODD_YAML = [
+    *("null", "true", "-1", "1.5", "1e400", ".nan", "-.inf", "[]", "{}", "''", "x", "0x" + "f" * 5000, "9" * 4000),
+    *(
+        "1:" * 3000 + "1",
+        "1" * 99 + ".0",
+        '"a\\nb"',
+        '"\\0"',
+        '"\\ud800"',
+        '"\\u001b[2J"',
+        "~nobody/x",
+        "x" * 5000,
+        "../x",
+        "/",
+    ),
+    *(
+        "!!python/object/apply:os.system [ls]",
+        "!!python/name:os.system",
+        "!custom x",
+        "!!int x",
+        "!!bool x",
+        "!!set {a}",
+    ),
+    *("!!binary x", "!!timestamp x", "!!map x", "!!seq x", "!!str [1]", "!!float 1:x", "2001-02-30", "=", "<<", "*a"),
+    *(
+        BOMB,
+        "&a [*a]",
+        "[" * 300,
+        "[" * 80 + "]" * 80,
+        "'[0-9999]'",
+        "'[\\n]'",
+        "layers.[5-1]",
+        "'**.**.**'",
+        "[mlp, [mlp]]",
+    ),
+]
+PLAUSIBLE = [
+    *("base", "linear", "task_arithmetic", "wemoe", "mlp", "digits", "0.3", "16", "low_rank", "float32", "'a {}.'"),
+    *("[{model: a}]", "[{model: a}, {model: b}]", "[{match: mlp, merge_method: wemoe}]", "{lambda: 0.3}", "[0, 1]"),
+    *("{digits: {tune: {path: x}}}", "{steps: 3}", "recipe.yaml", "."),
+]
+KEYS = [
+    *("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "rules", "tasks", "tuning", "model"),
+    *("name", "match", "lambda", "weight", "normalize", "router", "depth", "init_lambda", "shared", "task_vectors"),
+    *("form", "rank", "tune", "score", "path", "expert", "head", "class_names", "templates", "steps", "seed", "filter"),
+    *("value", "slices", "<<", '"a\\nb"', "x[0]", "[1]", "!!int 1", "''", "?"),
+]
+keys = st.sampled_from(KEYS)
+values = st.recursive(
+    st.sampled_from(ODD_YAML) | st.sampled_from(PLAUSIBLE),
+    lambda inner: (
+        st.builds(lambda items: f"[{', '.join(items)}]", st.lists(inner, max_size=3))
+        | st.builds(
+            lambda items: "{" + ", ".join(f"{key}: {value}" for key, value in items) + "}",
+            st.lists(st.tuples(keys, inner), max_size=3),
+        )
+    ),
+    max_leaves=6,
+)
+
+
+def is_read_or_refused_by_line(path: Path) -> None:
+    for read in (load_recipe, read_whole_recipe):
+        for line in (refusal(lambda read=read: read(path), RecipeError) or "").splitlines():
+            assert line.startswith(f"{path}:")
+            assert line.isprintable()
+
+
+@given(st.lists(st.tuples(keys, values), max_size=5, unique_by=lambda pair: pair[0]), st.booleans())
+@cases("recipes")
+def test_any_recipe_is_read_or_refused_by_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[str, str]], whole: bool
+) -> None:
+    monkeypatch.setattr("wemoe_plugin.recipe.yaml_source.MAX_VALUES", 2_000)
+    start = {"merge_method": "linear", "models": "[{model: a}]"} if whole else {}
+    text = "".join(f"{key}: {value}\n" for key, value in {**start, **dict(pairs)}.items())
+    (tmp_path / "recipe.yaml").write_text(text)
+    is_read_or_refused_by_line(tmp_path / "recipe.yaml")
+
+
+@given(st.text(max_size=60) | st.text("{}[]:,-&*!|>'\"%@#? \n\tab1<=", max_size=30) | st.binary(max_size=30))
+@cases("recipes of any text")
+def test_any_text_is_read_or_refused_by_line(tmp_path: Path, text: str | bytes) -> None:
+    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    (tmp_path / "recipe.yaml").write_bytes(data)
+    is_read_or_refused_by_line(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("reference", ["~nobody-of-that-name/x", "x" * 5000, '"a\\0b"'])
+def test_a_path_that_cannot_be_is_not_there(tmp_path: Path, reference: str) -> None:
+    source = load(tmp_path, f"merge_method: linear\nmodels: [{{model: {reference}, name: a}}]\n")
+    with pytest.raises(CheckpointError, match="no such directory or file"):
+        open_models(source)
+
+
+def test_a_device_is_no_recipe(tmp_path: Path) -> None:
+    assert (
+        "is a pipe, a socket or a device" in problems(tmp_path, GOOD[: GOOD.index("tasks:")] + "tasks: /dev/zero\n")[0]
+    )
 
 
 def test_problems_of_a_tasks_file_name_that_file(tmp_path: Path) -> None:

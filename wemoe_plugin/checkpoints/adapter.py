@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wemoe_plugin.checkpoints.checkpoint import Checkpoint
+from wemoe_plugin.checkpoints.containment import file_in
 from wemoe_plugin.checkpoints.header import StoredTensor, read_header
 from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
 from wemoe_plugin.errors import CheckpointError
@@ -50,8 +52,8 @@ def apply_adapter(base: Checkpoint, adapter: Path) -> Checkpoint:
             a tensor that nothing uses.
     """
     config = _read_config(adapter)
-    weights = adapter / _WEIGHTS
-    if not weights.is_file():
+    weights = file_in(adapter, _WEIGHTS)
+    if weights is None:
         raise CheckpointError(f"{adapter}: {_WEIGHTS} is absent")
     tensors: dict[str, Source] = dict(base.tensors)
     outer = _outer_name(adapter, read_header(weights), tensors)
@@ -80,12 +82,12 @@ def apply_adapter(base: Checkpoint, adapter: Path) -> Checkpoint:
 def _read_config(adapter: Path) -> LoraConfig:
     from peft import LoraConfig, PeftConfig
 
-    if not (adapter / "adapter_config.json").is_file():
+    if file_in(adapter, "adapter_config.json") is None:
         raise CheckpointError(f"{adapter}: not a PEFT adapter: adapter_config.json is absent")
     try:
         config = PeftConfig.from_pretrained(str(adapter))
     except Exception as error:  # PEFT raises anything, down to KeyError for kinds it does not know
-        raise CheckpointError(f"{adapter}: PEFT cannot read its configuration: {error}") from None
+        raise CheckpointError(f"{adapter}: PEFT cannot read its configuration: {_first_line(error)}") from None
     if not isinstance(config, LoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise CheckpointError(f"{adapter}: a {kind} adapter; only LoRA can be merged")
@@ -102,7 +104,27 @@ def _read_config(adapter: Path) -> LoraConfig:
             f"{adapter}: was started with init_lora_weights {config.init_lora_weights!r}, which changes the base's "
             "weights; merge it with PEFT's merge_and_unload and name the result"
         )
+    patterns = config.alpha_pattern or {}
+    alphas = (config.lora_alpha, *(patterns.values() if isinstance(patterns, dict) else [None]))
+    if not all(type(alpha) in (int, float) and abs(alpha) < 1e30 for alpha in alphas):
+        raise CheckpointError(f"{adapter}: lora_alpha and alpha_pattern must be numbers")
+    for pattern in patterns:
+        _check_pattern(adapter, pattern)
     return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _check_pattern(adapter: Path, pattern: str) -> None:
+    """Refuse what is no regular expression, or one that could take forever: PEFT matches these with names."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        raise CheckpointError(f"{adapter}: alpha_pattern: {pattern!r:.100} is no regular expression") from None
+    if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+        raise CheckpointError(f"{adapter}: alpha_pattern: {pattern!r:.100} is too intricate; write out the modules")
 
 
 def _outer_name(adapter: Path, keys: Iterable[str], base: Mapping[str, Source]) -> str:
@@ -160,6 +182,8 @@ def _adapted(
     stored, down, up = tensors[name], factors["A"], factors["B"]
     if not isinstance(stored, StoredTensor):
         raise CheckpointError(f"{weights}: {name!r} has an adapter already")
+    if not (stored.shape and down.elements and up.elements and down.shape and up.shape):
+        raise CheckpointError(f"{weights}: the factors of {name!r} are empty or have no axes")
     rank, columns, rows = down.shape[0], math.prod(down.shape[1:]), up.shape[0]
     flat = (stored.shape[0], math.prod(stored.shape[1:]))
     embedding = down.name.endswith("lora_embedding_A")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wemoe_plugin.checkpoints.containment import check_is_file, file_in, is_there
 from wemoe_plugin.checkpoints.header import StoredTensor, read_header
 from wemoe_plugin.checkpoints.sources import Source
 from wemoe_plugin.checkpoints.torch_file import TORCH_SUFFIXES, read_torch_header
@@ -53,18 +54,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read the headers of a model directory (open_clip or transformers, one file or sharded) or of a lone file.
 
     Raises:
-        CheckpointError: nothing is there, it is not a model, a shard is absent, or a file is damaged.
+        CheckpointError: nothing is there, it is not a model, a shard is absent, or a file is damaged, is no file, or
+            is a link out of the directory.
     """
-    if path.is_file():
+    if not is_there(path):
+        raise CheckpointError(f"{path}: no such directory or file")
+    if not path.is_dir():
+        check_is_file(path)
         if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
             raise CheckpointError(f"{path}: neither a safetensors file nor a torch file ({', '.join(TORCH_SUFFIXES)})")
         return Checkpoint(path, None, {}, _natural_order(_read_file(path)))
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory or file")
-    if (path / OPEN_CLIP_CONFIG).is_file():
-        library, config = "open_clip", _read_json(path / OPEN_CLIP_CONFIG)
-    elif (path / TRANSFORMERS_CONFIG).is_file():
-        library, config = "transformers", _read_json(path / TRANSFORMERS_CONFIG)
+    if (found := file_in(path, OPEN_CLIP_CONFIG)) is not None:
+        library, config = "open_clip", _read_json(found)
+    elif (found := file_in(path, TRANSFORMERS_CONFIG)) is not None:
+        library, config = "transformers", _read_json(found)
     else:
         raise CheckpointError(f"{path}: neither {TRANSFORMERS_CONFIG} (transformers) nor {OPEN_CLIP_CONFIG} is there")
     return Checkpoint(path, library, config, _natural_order(_find_tensors(path, library)))
@@ -81,11 +84,11 @@ def _natural_order(tensors: Mapping[str, StoredTensor]) -> dict[str, Source]:
 
 def _find_tensors(directory: Path, library: str) -> dict[str, StoredTensor]:
     for name in _CANDIDATES[library]:
-        if (directory / name).is_file():
-            return _read_file(directory / name)
+        if (found := file_in(directory, name)) is not None:
+            return _read_file(found)
     for name in _INDEX:
-        if (directory / name).is_file():
-            return _read_shards(directory / name)
+        if (found := file_in(directory, name)) is not None:
+            return _read_shards(found)
     others = sorted(p.name for p in directory.iterdir() if p.suffix in (".safetensors", *TORCH_SUFFIXES))
     cure = f"; there is {', '.join(others)}: name such a file itself as an expert" if others else ""
     expected = (*_CANDIDATES[library], *_INDEX) if library == "transformers" else _CANDIDATES[library]
@@ -106,9 +109,9 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
         if shard not in headers:
             if Path(shard).name != shard:
                 raise CheckpointError(f"{index}: the shard {shard!r} lies outside of the directory")
-            if not (index.parent / shard).is_file():
+            if (found := file_in(index.parent, shard)) is None:
                 raise CheckpointError(f"{index}: the shard {shard} is listed but absent")
-            headers[shard] = _read_file(index.parent / shard)
+            headers[shard] = _read_file(found)
         if name not in headers[shard]:
             raise CheckpointError(f"{index}: {name!r} is listed in {shard} but is not in that file")
         tensors[name] = headers[shard][name]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wemoe_plugin.checkpoints.containment import check_is_file
 from wemoe_plugin.errors import CheckpointError
 
 MAX_HEADER = 100_000_000
@@ -34,6 +35,12 @@ ITEM_BYTES: Mapping[str, int] = {
 
 SAFETENSORS_DTYPE = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """From the names torch, transformers and recipes use to safetensors'."""
+
+MAX_AXES = 64
+"""Axes of a tensor; torch's limit."""
+
+MAX_NAME = 1_000
+"""Characters of a tensor's name; the longest that libraries write have about 100."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -69,6 +76,24 @@ class StoredTensor:
         return self.elements * ITEM_BYTES[self.dtype]
 
 
+METADATA = "__metadata__"
+"""The one name in a header that is no tensor's."""
+
+
+def check_name(path: Path, name: object) -> None:
+    """Refuse what cannot name a tensor in a safetensors file.
+
+    Raises:
+        CheckpointError: it is no text, cannot be written as UTF-8, is too long, or is the name of the metadata.
+    """
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path}: a tensor is named by a {type(name).__name__}, not by a text")
+    if name == METADATA or any("\ud800" <= c <= "\udfff" for c in name):
+        raise CheckpointError(f"{path}: {name!r:.100} cannot be the name of a tensor")
+    if len(name) > MAX_NAME:
+        raise CheckpointError(f"{path}: a tensor's name has {len(name):,} characters, more than {MAX_NAME:,}")
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, in the order of their data.
 
@@ -79,6 +104,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     def refuse(why: str) -> CheckpointError:
         return CheckpointError(f"{path}: not a whole safetensors file: {why}")
 
+    check_is_file(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -99,7 +125,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise refuse("its header is not JSON") from None
     if not isinstance(entries, dict):
         raise refuse("its header is not a JSON object")
-    entries.pop("__metadata__", None)
+    entries.pop(METADATA, None)
 
     tensors = [_entry(path, name, entry, 8 + length, refuse) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
@@ -114,12 +140,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int, refuse: Any) -> StoredTensor:
+    check_name(path, name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise refuse(f"the entry of {name!r} is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{path}: {name!r} has dtype {dtype!r}; known: {', '.join(ITEM_BYTES)}")
-    if not _natural(shape) or not _natural(offsets) or len(offsets) != 2 or len(shape) > 64:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise CheckpointError(f"{path}: {name!r} has dtype {dtype!r:.100}; known: {', '.join(ITEM_BYTES)}")
+    if not _natural(shape) or not _natural(offsets) or len(offsets) != 2 or len(shape) > MAX_AXES:
         raise refuse(f"the shape or offsets of {name!r} are not natural numbers")
     begin, end = offsets
     tensor = StoredTensor(path, name, dtype, tuple(shape), data_start + begin)
@@ -130,13 +157,18 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, refuse: Any) -> S
     return tensor
 
 
+def is_natural(value: object) -> bool:
+    """Whether a value is a whole number from 0 that fits in 64 bits; True and 1.0 are not."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
 def _natural(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    return isinstance(values, list) and all(is_natural(v) for v in values)
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The header of a file that will hold these (name, dtype, shape), in this order, padded to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
         begin, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from wemoe_plugin.checkpoints.adapter import apply_adapter
 from wemoe_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from wemoe_plugin.checkpoints.containment import is_there
 from wemoe_plugin.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -24,7 +25,7 @@ def open_reference(text: str, resolve: Callable[[str], Path]) -> Checkpoint:
     Raises:
         CheckpointError: it is not there, is damaged, or the adapter does not fit.
     """
-    if resolve(text).exists() or "+" not in text:
+    if is_there(resolve(text)) or "+" not in text:
         return open_checkpoint(_find(text, resolve))
     model, _, adapter = text.rpartition("+")
     return apply_adapter(open_checkpoint(_find(model, resolve)), _find(adapter, resolve))
@@ -32,7 +33,7 @@ def open_reference(text: str, resolve: Callable[[str], Path]) -> Checkpoint:
 
 def _find(text: str, resolve: Callable[[str], Path]) -> Path:
     path = resolve(text)
-    if path.exists():
+    if is_there(path):
         return path
     name, _, revision = text.partition("@")
     if not _HUB_ID.fullmatch(name):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from wemoe_plugin.checkpoints.checkpoint import Checkpoint
+from wemoe_plugin.checkpoints.companions import find_companions
 from wemoe_plugin.checkpoints.header import FLOATS
 from wemoe_plugin.checkpoints.reference import open_reference
 from wemoe_plugin.errors import CheckpointError, PlanError
@@ -25,7 +26,8 @@ def open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
     """The base and the models to merge, under the base's names.
 
     Raises:
-        CheckpointError: some cannot be read; all of them are named.
+        CheckpointError: some cannot be read; all of them are named. Or a file beside the base's weights is a link out
+            of its directory.
         PlanError: some are not fine-tunes of the base; everything that does not fit is named.
     """
     recipe = source.recipe
@@ -52,6 +54,7 @@ def open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
         raise CheckpointError(f"{base.checkpoint.path}: the base must be a directory with its configuration")
     if base.checkpoint.adapter is not None:
         raise CheckpointError(f"{base.checkpoint.path}: the base must be a whole model; adapters belong to experts")
+    find_companions(base.checkpoint.path)
     aligned = tuple(Model(model.name, align(model.checkpoint, base.checkpoint)) for model in models)
     misfits = list(_misfits(base, aligned))
     if misfits:
@@ -119,7 +122,7 @@ def _activations(checkpoint: Checkpoint) -> dict[str, str]:
         if not isinstance(settings, dict):
             continue
         named = next((settings[key] for key in _ACTIVATION_KEYS if key in settings), None)
-        named = named or _CLIP_DEFAULT.get(settings.get("model_type", ""))
+        named = named or _CLIP_DEFAULT.get(str(settings.get("model_type")))
         if named is not None and not (part == "" and "vision_config" in checkpoint.config):
             found[part] = str(named)
     return found

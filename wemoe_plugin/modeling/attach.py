@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from wemoe_plugin.checkpoints.containment import file_in
 from wemoe_plugin.checkpoints.staging import write_atomically
 from wemoe_plugin.errors import CheckpointError
 from wemoe_plugin.modeling.config import ROUTERS_NAME, LayerConfig, ModuleConfig, WemoeConfig, read_config
@@ -178,9 +179,9 @@ def routers_of(model: nn.Module, config: WemoeConfig) -> dict[str, Router]:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    if file_in(path.parent, path.name) is None:
+        raise CheckpointError(f"{path}: no such file")
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None

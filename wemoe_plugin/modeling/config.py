@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
+from wemoe_plugin.checkpoints.containment import file_in
 from wemoe_plugin.errors import CheckpointError
 
 CONFIG_NAME = "wemoe_config.json"
@@ -87,13 +88,11 @@ def read_config(directory: Path) -> WemoeConfig:
     Raises:
         CheckpointError: it is not there, of an unknown version, or not consistent.
     """
-    path = directory / CONFIG_NAME
+    path = file_in(directory, CONFIG_NAME)
+    if path is None:
+        raise CheckpointError(f"{directory}: not an output of wemoe-merge with routers: {CONFIG_NAME} is absent")
     try:
         config = WemoeConfig.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory}: not an output of wemoe-merge with routers: {CONFIG_NAME} is absent"
-        ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:

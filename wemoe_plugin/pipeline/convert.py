@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from wemoe_plugin.checkpoints.checkpoint import WEIGHT_NAMES, open_checkpoint
-from wemoe_plugin.checkpoints.companions import copy_companions
+from wemoe_plugin.checkpoints.companions import copy_companions, find_companions
 from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor
 from wemoe_plugin.checkpoints.manifest import doubt_output, write_manifest
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
@@ -36,6 +36,8 @@ def convert(source: Path, out: Path, like: Path | None = None, *, force: bool = 
     library = None if like is None else open_checkpoint(like).library
     if like is not None and library is None:
         raise CheckpointError(f"{like}: must be a directory with a configuration")
+    if like is not None:
+        find_companions(like)
     with staged_directory(out, force, doubt_output) as stage:
         work = stage.directory
         if like is not None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from wemoe_plugin.checkpoints.companions import find_companions
 from wemoe_plugin.checkpoints.reference import open_reference
 from wemoe_plugin.checkpoints.tensors import read_tensors
 from wemoe_plugin.devices import check_device
@@ -42,6 +43,8 @@ class Workbench:
         self.device = device
         self.tasks: dict[str, TaskSpec] = source.recipe.tasks
         base = open_reference(source.recipe.base_model or source.recipe.models[0].model, source.resolve)
+        if base.library is not None:
+            find_companions(base.path)
         self.base_path = base.path
         self.family: ModelFamily = FAMILIES[base.library or "transformers"]
         self._base = base

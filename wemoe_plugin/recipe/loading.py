@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,10 +13,14 @@ from pydantic import BaseModel, ValidationError
 
 from wemoe_plugin.errors import RecipeError
 from wemoe_plugin.recipe.methods import METHODS, STREAMED, Parameter
+from wemoe_plugin.recipe.paths import resolve_path
 from wemoe_plugin.recipe.schema import Recipe
 from wemoe_plugin.recipe.settings import Setting, parse_setting
 from wemoe_plugin.recipe.whole import WHOLE_KEYS
 from wemoe_plugin.recipe.yaml_source import Location, YamlSource, read_yaml
+
+_MAX_PROBLEMS = 100
+"""More are not told at once."""
 
 _Problem = tuple[YamlSource, Location, str]
 
@@ -46,9 +51,7 @@ class RecipeFile:
 
     def resolve(self, reference: str) -> Path:
         """A path the recipe names: relative to the recipe, else to the fallback if only that exists."""
-        beside = self.directory / Path(reference).expanduser()
-        here = self.fallback / Path(reference).expanduser()
-        return here if not beside.exists() and here.exists() else beside
+        return resolve_path(reference, self.directory, self.fallback)
 
 
 def load_recipe(
@@ -97,10 +100,10 @@ def load_recipe(
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        problems += [(*place(where), text) for where, text in _explain(error, data)]
-    problems += [(*place(where), text) for where, text in _parameter_problems(data)]
+        problems += [(*place(where), text) for where, text in islice(_explain(error, data), _MAX_PROBLEMS)]
+    problems += [(*place(where), text) for where, text in islice(_parameter_problems(data), _MAX_PROBLEMS)]
     if recipe is not None:
-        problems += [(*place(where), text) for where, text in _inconsistencies(recipe)]
+        problems += [(*place(where), text) for where, text in islice(_inconsistencies(recipe), _MAX_PROBLEMS)]
     if problems or recipe is None:
         raise RecipeError("\n".join(_lines(problems)))
     return RecipeFile(path, recipe, directory, fallback, tasks_path, source)
@@ -112,7 +115,12 @@ def _lines(problems: list[_Problem]) -> list[str]:
         return (path, int(line)) if line.isdigit() else (f"{path}:{line}", 0)
 
     ordered = sorted(problems, key=number)
-    return [f"{source.where(place)}: {_dotted(place)}{text}" for source, place, text in ordered]
+    return [f"{source.where(place)}: {_one_line(_dotted(place) + text)}" for source, place, text in ordered]
+
+
+def _one_line(text: str) -> str:
+    """The text with whatever a terminal would not print, line ends above all, written as Python escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _dotted(location: Location) -> str:
@@ -260,13 +268,16 @@ def _inconsistencies(recipe: Recipe) -> Iterable[tuple[Location, str]]:
     needy = sorted(m for m in methods if m == "wemoe" or METHODS[m].base == "required")
     if recipe.base_model is None and needy:
         yield ("base_model",), f"is missing; {', '.join(needy)} need it"
-    names = [entry.name for entry in recipe.models]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            yield ("models", i, "name"), f"two models are named {name!r}; give one of them another name"
+    names: list[str] = []
+    seen: set[str] = set()
+    for i, entry in enumerate(recipe.models):
+        names.append(entry.name)
+        if entry.name in seen:
+            yield ("models", i, "name"), f"two models are named {entry.name!r}; give one of them another name"
+        seen.add(entry.name)
     for task_name, task in (recipe.tasks or {}).items():
         expert = task.expert or task_name
-        if expert not in names:
+        if expert not in seen:
             near = difflib.get_close_matches(expert, names, 1, 0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f" (models: {', '.join(names)})"
             key = ("expert",) if task.expert else ()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Scalar = float | bool
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,6 @@ def _gradient(value: Any) -> Gradient:
         raise ValueError(
             "expected a number or true or false, a list of them (a gradient over depth), or a list of {filter, value}"
         )
-    if not all(abs(v) < 1e300 and math.isfinite(v) for v in numbers):
+    if not all(-_LARGEST < v < _LARGEST for v in numbers):
         raise ValueError("expected finite numbers")
     return Gradient(tuple(v if isinstance(v, bool) else float(v) for v in values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wemoe_plugin.errors import RecipeError
+from wemoe_plugin.recipe.paths import resolve_path
 from wemoe_plugin.recipe.yaml_source import Location, YamlSource, read_yaml
 
 WHOLE_KEYS = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_template")
@@ -16,7 +18,7 @@ WHOLE_KEYS = ("slices", "modules", "tokenizer_source", "tokenizer", "chat_templa
 
 _OURS = ("rules", "tasks", "tuning")
 _REFERENCES = ("model", "base_model", "path", "lora", "tokenizer_source", "source")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,10 @@ def read_whole_recipe(path: Path, fallback: Path = Path()) -> WholeRecipe | None
     models: dict[str, None] = {}
     data = dict(source.data)
     for place, text in list(_references(source.data, ())):
-        resolved = "+".join(_resolved(part, path.parent, fallback) for part in text.split("+"))
-        if not all(Path(part.partition("@")[0]).exists() or _HUB_ID.match(part) for part in resolved.split("+")):
-            problems.append(f"{source.where(place)}: {text}: no such directory or file")
+        parts = [_resolved(part, path.parent, fallback) for part in text.split("+")]
+        resolved = "+".join(parts)
+        if not all(os.path.lexists(part.partition("@")[0]) or _HUB_ID.fullmatch(part) for part in parts):
+            problems.append(f"{source.where(place)}: {text!r}: no such directory or file")
         if place[-1] in ("model", "base_model"):
             models[resolved] = None
         data = _replaced(data, place, resolved)
@@ -93,10 +96,8 @@ def _references(value: Any, place: Location) -> Iterator[tuple[Location, str]]:
 
 def _resolved(part: str, directory: Path, fallback: Path) -> str:
     name, mark, revision = part.partition("@")
-    for start in (directory, fallback):
-        if (start / Path(name).expanduser()).exists():
-            return str((start / Path(name).expanduser()).resolve()) + mark + revision
-    return part
+    found = resolve_path(name, directory, fallback)
+    return f"{found.resolve()}{mark}{revision}" if name and os.path.lexists(found) else part
 
 
 def _replaced(value: Any, place: Location, new: str) -> Any:
