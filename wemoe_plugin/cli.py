@@ -149,15 +149,16 @@ def merge_command(
         target = out if out is not None else Path("merged") / recipe.stem
         from wemoe_plugin.checkpoints.manifest import doubt_output
         from wemoe_plugin.checkpoints.staging import check_output
+        from wemoe_plugin.pipeline.merge import is_merged, merge
 
-        check_output(target, force, doubt_output)
+        done = resume and is_merged(source, target)
+        if not done:
+            check_output(target, force, doubt_output)
     from wemoe_plugin.merging.plan_table import summary_lines
 
     for line in summary_lines(plan):
         say(line)
-    from wemoe_plugin.pipeline.merge import merge
-
-    tuning = None if no_tune else source.recipe.tuning
+    tuning = None if no_tune or (done and (target / "results.json").is_file()) else source.recipe.tuning
     workbench = None
     if tuning is not None:
         from wemoe_plugin.pipeline.workbench import Workbench
@@ -165,20 +166,20 @@ def merge_command(
         with timed(timings, "data"):
             workbench = Workbench(source, device)
             workbench.check(tuning=True, scoring=True)
-    with timed(timings, "merge"), progress_bar(plan.bytes_read, quiet or json) as progress:
-        merge(
-            source,
-            plan,
-            target,
-            force=force,
-            jobs=jobs,
-            max_memory=limit,
-            device=device,
-            resume=resume,
-            progress=progress,
-        )
-    sizes = f"{format_size(plan.bytes_read)} into {format_size(plan.bytes_written)}"
-    say(f"merged {sizes} in {timings['merge']:.1f} s: {target}")
+    if done:
+        say(f"merged already: {target}")
+    else:
+        options: dict[str, Any] = {
+            "force": force,
+            "resume": resume,
+            "jobs": jobs,
+            "max_memory": limit,
+            "device": device,
+        }
+        with timed(timings, "merge"), progress_bar(plan.bytes_read, quiet or json) as progress:
+            merge(source, plan, target, progress=progress, **options)
+        sizes = f"{format_size(plan.bytes_read)} into {format_size(plan.bytes_written)}"
+        say(f"merged {sizes} in {timings['merge']:.1f} s: {target}")
     result: dict[str, Any] = {"directory": str(target), "seconds": timings}
     if workbench is not None and tuning is not None:
         try:

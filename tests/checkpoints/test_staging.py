@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from snapshots import tree
 
+from wemoe_plugin.checkpoints import staging
 from wemoe_plugin.checkpoints.manifest import doubt_output, write_manifest
 from wemoe_plugin.checkpoints.staging import staged_directory, write_atomically
 from wemoe_plugin.errors import PlanError
@@ -121,3 +124,45 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="disk"):
         write_atomically(path, b"two")
     assert tree(tmp_path) == {"a": b"one"}
+
+
+def leave(out: Path, made_from: str) -> None:
+    """What a killed run leaves: content, journal and mark, and no lock."""
+    with staged_directory(out, False, doubt_output, made_from=made_from) as stage:
+        (stage.directory / "a").write_text("left")
+        stage.journal.write_text("done")
+        shutil.copytree(stage.directory.parent, out.parent / "copy")
+    shutil.rmtree(out)
+    (out.parent / "copy").rename(out.parent / f".{out.name}.partial")
+
+
+def found(out: Path, **options: Any) -> set[str]:
+    with staged_directory(out, False, doubt_output, **options) as stage:
+        return {path.name for path in stage.directory.iterdir()} | {"journal"} & {
+            path.name for path in stage.directory.parent.iterdir()
+        }
+
+
+def test_what_a_killed_run_left_is_there_again_only_to_resume_it(tmp_path: Path) -> None:
+    leave(tmp_path / "out", "x")
+    assert found(tmp_path / "out", made_from="x", resume=True) == {"a", "journal"}
+    shutil.rmtree(tmp_path / "out")
+    leave(tmp_path / "out", "x")
+    assert found(tmp_path / "out", made_from="x") == set()
+    shutil.rmtree(tmp_path / "out")
+    assert found(tmp_path / "out", made_from="x", resume=True) == set()
+
+
+def test_after_the_machine_went_down_nothing_counts_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave(tmp_path / "out", "x")
+    monkeypatch.setattr(staging, "_boot", lambda: "another")
+    assert found(tmp_path / "out", made_from="x", resume=True) == set()
+
+
+def test_what_is_not_ours_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "thesis.tex").write_text("x")
+    before = tree(tmp_path)
+    with pytest.raises(PlanError, match=r"is in the way: it holds thesis\.tex, which is not ours"):
+        write(tmp_path / "out", "new")
+    assert tree(tmp_path) == before

@@ -86,7 +86,7 @@ def staged_directory(
             something else; or the disk is full or cannot be written to.
     """
     missing = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()]
-    area = path.parent / f".{path.name or path.resolve().name}.partial"
+    area = _area(path)
     if not os.path.lexists(area):
         check_output(path, force, doubt)
     try:
@@ -109,6 +109,24 @@ def staged_directory(
         if isinstance(error, OSError):
             raise PlanError(f"{path}: cannot be written: {error.strerror or error}") from error
         raise
+
+
+def clear_remains(path: Path) -> None:
+    """Remove what a run left that was killed after its output was in place.
+
+    Raises:
+        PlanError: another process is making this output.
+    """
+    area = _area(path)
+    if os.path.lexists(area):
+        with _locked(area, path):
+            _recover(area, path)
+            if not (area / "content").exists():
+                shutil.rmtree(area, ignore_errors=True)
+
+
+def _area(path: Path) -> Path:
+    return path.parent / f".{path.name or path.resolve().name}.partial"
 
 
 @contextmanager
@@ -155,16 +173,18 @@ def _is_at(descriptor: int, area: Path) -> bool:
 
 def _recover(area: Path, path: Path) -> None:
     """Undo or finish what a process was killed in, so that at most unfinished content is left."""
-    strangers = {entry.name for entry in area.iterdir()} - _PARTS
-    if strangers:
+    found = {entry.name for entry in area.iterdir()}
+    halves = {name for name in found if name.startswith(".mark.")}  # a mark that was being written
+    if strangers := found - halves - _PARTS:
         raise PlanError(f"{area}: is in the way: it holds {min(strangers)}, which is not ours")
     old = area / "old"
     if old.exists() and not os.path.lexists(path):
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
     if not (area / "content").exists():
-        for name in ("journal", "mark"):
-            (area / name).unlink(missing_ok=True)
+        halves |= {"journal", "mark"}
+    for name in halves:
+        (area / name).unlink(missing_ok=True)
 
 
 def _prepared(area: Path, path: Path, made_from: str, resume: bool) -> Stage:

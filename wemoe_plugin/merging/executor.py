@@ -14,7 +14,7 @@ from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.journal import Journal
 from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, available_processors, fitting_chunk, piece_memory
 from wemoe_plugin.merging.plan import MergePlan
-from wemoe_plugin.merging.work import Piece, bytes_of_piece, make_worker, pieces
+from wemoe_plugin.merging.work import Piece, bytes_of_piece, compare_twins, make_worker, pieces
 
 Progress = Callable[[int], None]
 """Called from any thread with the number of input bytes that have just been dealt with."""
@@ -60,6 +60,7 @@ def execute_plan(
     done: frozenset[Piece] = frozenset() if journal is None else journal.done()
     with ExitStack() as stack:
         reader = stack.enter_context(RangeReader(plan.stamps))
+        compare_twins(plan.twins, reader, chunk_elements)
         places = stack.enter_context(output_files(plan, directory))
         worker = make_worker(operations, plan.dtype, device, reader, places)
         stack.enter_context(_one_thread_per_operation())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from wemoe_plugin.checkpoints.checkpoint import Checkpoint
@@ -11,6 +11,7 @@ from wemoe_plugin.checkpoints.header import FLOATS
 from wemoe_plugin.checkpoints.reference import open_reference
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.alignment import align
+from wemoe_plugin.merging.tied import Twins, tie
 from wemoe_plugin.recipe.loading import RecipeFile
 
 
@@ -22,7 +23,24 @@ class Model:
     checkpoint: Checkpoint
 
 
-def open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe merges.
+
+    Attributes:
+        base: θ₀; without a base_model, the first model.
+        models: those the recipe lists, under the base's names.
+        twins: tensors that must be equal to each other.
+        notes: about tied weights.
+    """
+
+    base: Model
+    models: tuple[Model, ...]
+    twins: tuple[Twins, ...]
+    notes: tuple[str, ...]
+
+
+def open_models(source: RecipeFile) -> Inputs:
     """The base and the models to merge, under the base's names.
 
     Raises:
@@ -55,14 +73,21 @@ def open_models(source: RecipeFile) -> tuple[Model, tuple[Model, ...]]:
     if base.checkpoint.adapter is not None:
         raise CheckpointError(f"{base.checkpoint.path}: the base must be a whole model; adapters belong to experts")
     find_companions(base.checkpoint.path)
-    aligned = tuple(Model(model.name, align(model.checkpoint, base.checkpoint)) for model in models)
+    aligned: list[Model] = []
+    twins: list[Twins] = []
+    notes: list[str] = []
+    for model in models:
+        checkpoint, tied, about = tie(align(model.checkpoint, base.checkpoint), base.checkpoint)
+        aligned.append(Model(model.name, checkpoint))
+        twins += tied
+        notes += [f"{model.name}: {line}" for line in about]
     misfits = list(_misfits(base, aligned))
     if misfits:
         raise PlanError("\n".join(misfits))
-    return base, aligned
+    return Inputs(base, tuple(aligned), tuple(twins), tuple(notes))
 
 
-def _misfits(base: Model, experts: tuple[Model, ...]) -> Iterable[str]:
+def _misfits(base: Model, experts: Sequence[Model]) -> Iterable[str]:
     """Models that are not fine-tunes of one base."""
     reference = base.checkpoint.tensors
     held = {name for expert in experts for name in expert.checkpoint.tensors}

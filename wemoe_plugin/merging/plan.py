@@ -16,11 +16,12 @@ from wemoe_plugin.checkpoints.header import FLOATS, SAFETENSORS_DTYPE
 from wemoe_plugin.checkpoints.ranges import FileStamp, stamp_files
 from wemoe_plugin.checkpoints.sources import Source
 from wemoe_plugin.errors import PlanError
-from wemoe_plugin.merging.inputs import Model, open_models
+from wemoe_plugin.merging.inputs import Inputs, Model, open_models
 from wemoe_plugin.merging.layout import OutputFile, lay_out
 from wemoe_plugin.merging.names import nearest_modules
 from wemoe_plugin.merging.operations import Combine, Copy, Delegate, Mixture, Operation, OutputTensor, Upscale
 from wemoe_plugin.merging.parameters import ParameterReader
+from wemoe_plugin.merging.tied import Twins
 from wemoe_plugin.merging.upscaling import UpscaledLayer, UpscaledModule, find_upscaled_modules, nested_modules
 from wemoe_plugin.recipe.loading import RecipeFile
 from wemoe_plugin.recipe.methods import METHODS, STREAMED
@@ -56,6 +57,7 @@ class MergePlan:
         claims: what each rule and the default took.
         base_only: tensors that no expert has and that are copied from the base.
         notes: what a reader of the recipe might not expect.
+        twins: tensors that must be equal to each other; compared before anything is merged.
         stamps: every file that is read, as it was when the plan was made.
         seed: of the methods that draw numbers, and of the routers.
     """
@@ -70,6 +72,7 @@ class MergePlan:
     claims: tuple[Claim, ...]
     base_only: tuple[str, ...]
     notes: tuple[str, ...]
+    twins: tuple[Twins, ...]
     stamps: Mapping[Path, FileStamp]
     seed: int
 
@@ -114,22 +117,21 @@ def plan_merge(source: RecipeFile, shard_bytes: int | None = DEFAULT_SHARD_BYTES
         CheckpointError: a model cannot be read.
         PlanError: the models do not fit together, or a rule does not fit them; all such problems at once.
     """
-    base, experts = open_models(source)
+    inputs = open_models(source)
     if seed is None:
         seed = source.recipe.tuning.seed if source.recipe.tuning else 0
-    return _Planner(source, base, experts, shard_bytes, seed).plan()
+    return _Planner(source, inputs, shard_bytes, seed).plan()
 
 
 class _Planner:
     """Walks over the base's tensors once and decides on each."""
 
-    def __init__(
-        self, source: RecipeFile, base: Model, experts: tuple[Model, ...], shard_bytes: int | None, seed: int
-    ) -> None:
+    def __init__(self, source: RecipeFile, inputs: Inputs, shard_bytes: int | None, seed: int) -> None:
         self.source = source
         self.recipe = source.recipe
-        self.base = base
-        self.models = experts
+        self.inputs = inputs
+        base = self.base = inputs.base
+        experts = self.models = inputs.models
         self.shard_bytes = shard_bytes
         self.seed = seed
         self.tensors = base.checkpoint.tensors
@@ -152,6 +154,8 @@ class _Planner:
             else:
                 operations.append(self._static(name, rule, in_module.get(name)))
         vectors = [t for o in operations if isinstance(o, Upscale) for t in o.vectors]
+        sources = [source for operation in operations for source in operation.sources]
+        sources += [source for pair in self.inputs.twins for source in (pair.kept, pair.dropped)]
         library = self.base.checkpoint.library or "transformers"
         limit = self.shard_bytes if library == "transformers" else None
         return MergePlan(
@@ -165,7 +169,8 @@ class _Planner:
             claims=tuple(self._table(owners, modules)),
             base_only=tuple(name for name in self.tensors if name not in self.held),
             notes=tuple(self._notes()),
-            stamps=stamp_files(sorted({f for o in operations for source in o.sources for f in source.files})),
+            twins=self.inputs.twins,
+            stamps=stamp_files(sorted({file for source in sources for file in source.files})),
             seed=self.seed,
         )
 
@@ -332,6 +337,7 @@ class _Planner:
         return tuple(self.parameters.number("weight", tensor_name, rule, model.name) for model in models)
 
     def _notes(self) -> Iterable[str]:
+        yield from self.inputs.notes
         if idle := self.parameters.idle():
             yield f"no method of this recipe uses {', '.join(idle)}; passed over, as mergekit does"
         if self.recipe.merge_method == "linear" and len(self._participants("linear", None)) > len(self.models):

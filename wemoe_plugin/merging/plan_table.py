@@ -19,7 +19,7 @@ def summary_lines(plan: MergePlan) -> list[str]:
             "1 module becomes a mixture" if len(plan.modules) == 1 else f"{len(plan.modules)} modules become mixtures"
         )
         lines.append(f"{count} of experts, task vectors {', '.join(forms)}")
-    return lines
+    return [*lines, *(f"note: {note}" for note in plan.notes)]
 
 
 def plan_lines(plan: MergePlan, peak_memory: int, jobs: int, format_size: Callable[[int], str]) -> list[str]:
@@ -74,6 +74,7 @@ def plan_json(plan: MergePlan, peak_memory: int) -> dict[str, Any]:
         "experts": [expert.name for expert in plan.experts],
         "claims": [vars(claim) for claim in plan.claims],
         "base_only": list(plan.base_only),
+        "notes": list(plan.notes),
         "modules": [module.path for module in plan.modules],
         "parameters": {
             "static": plan.base_parameters,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
+from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
+from wemoe_plugin.errors import CheckpointError
 from wemoe_plugin.merging.operations import Operation
 from wemoe_plugin.merging.plan import MergePlan
+from wemoe_plugin.merging.tied import Twins
 
 
 class Piece(NamedTuple):
@@ -40,6 +43,29 @@ def bytes_of_piece(operation: Operation, piece: Piece) -> int:
     """A piece's share of what its operation reads; the shares of all pieces add up to it."""
     total, elements = sum(source.nbytes for source in operation.sources), operation.output.elements
     return total * (piece.start + piece.elements) // elements - total * piece.start // elements
+
+
+def compare_twins(twins: Iterable[Twins], reader: RangeReader, chunk_elements: int) -> None:
+    """See that tied weights are equal.
+
+    Raises:
+        CheckpointError: two are not; their model is not tied, and does not fit the base.
+    """
+    for pair in twins:
+        kept, dropped = pair.kept, pair.dropped
+        stored = [source for source in (kept, dropped) if isinstance(source, StoredTensor)]
+        same = len(stored) == 2 and kept.dtype == dropped.dtype
+        for start in range(0, kept.elements if same else 0, chunk_elements):
+            count = min(chunk_elements, kept.elements - start) * ITEM_BYTES[kept.dtype]
+            first, second = bytearray(count), bytearray(count)
+            reader.fill(stored[0], start, memoryview(first))
+            reader.fill(stored[1], start, memoryview(second))
+            same = same and first == second
+        if not same:
+            raise CheckpointError(
+                f"{dropped.file}: {dropped.name!r} differs from {kept.name!r}, to which the base ties it; an untied "
+                "model cannot be merged into a tied one"
+            )
 
 
 def make_worker(

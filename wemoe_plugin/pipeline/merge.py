@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from wemoe_plugin.checkpoints.companions import copy_companions
 from wemoe_plugin.checkpoints.header import FLOATS
 from wemoe_plugin.checkpoints.manifest import doubt_output, read_manifest, sha256_of, write_manifest
-from wemoe_plugin.checkpoints.staging import staged_directory
+from wemoe_plugin.checkpoints.staging import clear_remains, staged_directory
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.card import model_card
 from wemoe_plugin.merging.executor import Progress, execute_plan
@@ -79,6 +79,21 @@ def merge(
             "working_directory": os.path.relpath(source.fallback.resolve(), out.resolve()),
         }
         write_manifest(work, {**places, "recipe_sha256": sha256_of(source.path)})
+
+
+def is_merged(source: RecipeFile, out: Path) -> bool:
+    """Whether a directory is the whole output of this very recipe; what a killed run left beside it is removed then.
+
+    Raises:
+        PlanError: another process is making it.
+    """
+    try:
+        same = read_manifest(out).get("recipe_sha256") == sha256_of(source.path)
+    except CheckpointError:
+        return False
+    if same:
+        clear_remains(out)
+    return same
 
 
 def _fingerprint(source: RecipeFile, plan: MergePlan, device: str) -> str:
