@@ -1,8 +1,9 @@
-"""Peak memory of a merge above the imported process, for models of about 0.2 GB and 2 GB.
+"""Peak memory of a merge above the imported process, and what the plan predicted.
 
     python benchmarks/merge_memory.py [--experts 2 --repeats 5]
 
-Each merge runs in a process of its own, which reports what is resident before it and the peak during it.
+One row per way of merging, and models ten times as large for the ways that must not notice. Each merge runs in a
+process of its own, which reports what is resident before it and the peak during it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,26 @@ from pathlib import Path
 from machine import describe_machine
 from synthetic import Shapes, transformer_shapes, write_weights
 
+LOW_RANK = "{match: mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 16}}}"
+WAYS = {
+    "task arithmetic": ("merge_method: task_arithmetic", 8),
+    "the same, ten times": ("merge_method: task_arithmetic", 80),
+    "dense wemoe": ("merge_method: task_arithmetic\nrules: [{match: mlp, merge_method: wemoe}]", 8),
+    "the same, ten times ": ("merge_method: task_arithmetic\nrules: [{match: mlp, merge_method: wemoe}]", 80),
+    "low-rank wemoe": (f"merge_method: task_arithmetic\nrules: [{LOW_RANK}]", 8),
+    "ties": ("merge_method: ties\nparameters: {density: 0.5}", 8),
+    "dare_ties": ("merge_method: dare_ties\nparameters: {density: 0.5}", 8),
+    "della": ("merge_method: della\nparameters: {density: 0.5}", 8),
+    "breadcrumbs": ("merge_method: breadcrumbs\nparameters: {density: 0.5}", 8),
+    "sce": ("merge_method: sce\nparameters: {select_topk: 0.5}", 8),
+    "model_stock": ("merge_method: model_stock", 8),
+    "multislerp": ("merge_method: multislerp", 8),
+    "karcher": ("merge_method: karcher", 8),
+    "ram": ("merge_method: ram", 8),
+    "iso_c": ("merge_method: iso_c", 8),
+    "tsv_m": ("merge_method: tsv_m", 8),
+}
+
 
 def model_shapes(layers: int) -> Shapes:
     """A tower of ViT-L-sized layers, about 25 MB each in bfloat16."""
@@ -33,14 +54,18 @@ def memory(key: str) -> int:
 
 def run_merge(recipe: Path, out: Path) -> None:
     """In the child: merge and print the peaks in bytes."""
-    import torch  # noqa: F401 (what is imported belongs to the process, not to the merge)
-
     from wemoe_plugin.merging.executor import execute_plan
-    from wemoe_plugin.merging.memory import peak_memory
+    from wemoe_plugin.merging.memory import is_plain, peak_memory
+    from wemoe_plugin.merging.operations import Delegate
     from wemoe_plugin.merging.plan import plan_merge
     from wemoe_plugin.recipe.loading import load_recipe
 
     plan = plan_merge(load_recipe(recipe))
+    # What is imported belongs to the process, not to the merge.
+    if not all(is_plain(operation, plan.dtype) for operation in plan.operations):
+        import wemoe_plugin.merging.tensor_worker
+    if any(isinstance(operation, Delegate) for operation in plan.operations):
+        import wemoe_plugin.merging.mergekit_bridge  # noqa: F401
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
     out.mkdir()
@@ -50,49 +75,48 @@ def run_merge(recipe: Path, out: Path) -> None:
     print(json.dumps({"imported": before, "merge": after - before, "predicted": predicted, "read": plan.bytes_read}))
 
 
+def measure(way: str, experts: int, repeats: int) -> dict[str, float]:
+    """Medians over processes, in bytes."""
+    text, layers = WAYS[way]
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        names = ["base", *(f"expert{k}" for k in range(experts))]
+        for seed, name in enumerate(names):
+            (directory / name).mkdir()
+            (directory / name / "config.json").write_text("{}")
+            write_weights(directory / name / "model.safetensors", model_shapes(layers), "BF16", seed)
+        models = "\n".join(f"  - model: {name}" for name in names[1:])
+        recipe = directory / "recipe.yaml"
+        recipe.write_text(f"base_model: base\nmodels:\n{models}\n{text}\n")
+        command = [sys.executable, __file__, "--run", str(recipe), str(directory / "out")]
+        runs = []
+        for _ in range(repeats):
+            child = subprocess.run(command, check=True, capture_output=True, text=True)
+            runs.append(json.loads(child.stdout))
+            shutil.rmtree(directory / "out")
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--way", choices=WAYS, action="append", help="default all")
     parser.add_argument("--run", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         run_merge(*options.run)
         return
     print(describe_machine())
-    print(
-        f"task arithmetic and dense WEMoE MLPs, {options.experts} experts, bfloat16, 2 threads; MB above the import\n"
-    )
-    print(f"{'model':>8}{'read':>10}{'peak':>9}{'min - max':>16}{'predicted':>11}{'imported':>10}")
-    peaks = []
-    for layers in (8, 80):
-        with tempfile.TemporaryDirectory() as folder:
-            directory = Path(folder)
-            names = ["base", *(f"expert{k}" for k in range(options.experts))]
-            for seed, name in enumerate(names):
-                (directory / name).mkdir()
-                (directory / name / "config.json").write_text("{}")
-                size = write_weights(directory / name / "model.safetensors", model_shapes(layers), "BF16", seed)
-            models = "\n".join(f"  - model: {name}" for name in names[1:])
-            recipe = directory / "recipe.yaml"
-            recipe.write_text(
-                f"base_model: base\nmodels:\n{models}\n"
-                "merge_method: task_arithmetic\nparameters: {lambda: 0.3}\n"
-                "rules: [{match: mlp, merge_method: wemoe}]\n"
-            )
-            command = [sys.executable, __file__, "--run", str(recipe), str(directory / "out")]
-            runs = []
-            for _ in range(options.repeats):
-                child = subprocess.run(command, check=True, capture_output=True, text=True)
-                runs.append(json.loads(child.stdout))
-                shutil.rmtree(directory / "out")
-        seen = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        low, high = (f(run["merge"] for run in runs) / 1e6 for f in (min, max))
-        peaks.append(seen["merge"])
-        columns = (seen["read"] / 1e9, seen["merge"] / 1e6, low, high, seen["predicted"] / 1e6, seen["imported"] / 1e6)
-        row = "{:>5.2f} GB{:>7.2f} GB{:>9.1f}{:>8.1f} -{:>6.1f}{:>11.1f}{:>10.0f}"
-        print(row.format(size / 1e9, *columns))
-    print(f"\nratio of the median peaks: {peaks[1] / peaks[0]:.2f}")
+    print(f"{options.experts} experts, bfloat16, 2 threads, medians of {options.repeats}; MB above the import\n")
+    print(f"{'way':<22}{'read':>10}{'peak':>9}{'predicted':>11}{'ratio':>7}{'imported':>10}")
+    for way in options.way or WAYS:
+        seen = measure(way, options.experts, options.repeats)
+        ratio = seen["predicted"] / seen["merge"]
+        columns = (
+            f"{seen['merge'] / 1e6:>9.1f}{seen['predicted'] / 1e6:>11.1f}{ratio:>7.2f}{seen['imported'] / 1e6:>10.0f}"
+        )
+        print(f"{way:<22}{seen['read'] / 1e9:>7.2f} GB{columns}", flush=True)
 
 
 if __name__ == "__main__":

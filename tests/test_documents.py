@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import pytest
 import yaml
 
 import wemoe_plugin
+from wemoe_plugin.checkpoints.checkpoint import OPEN_CLIP_CONFIG, TRANSFORMERS_CONFIG
+from wemoe_plugin.checkpoints.torch_file import TORCH_SUFFIXES
 from wemoe_plugin.demo.workspace import prepare_demo
 from wemoe_plugin.merging.plan import plan_merge
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.recipe.loading import load_recipe
+from wemoe_plugin.recipe.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,3 +93,21 @@ def test_the_tour_names_every_file() -> None:
 def test_the_demos_checkpoints_stay_small() -> None:
     sizes = [p.stat().st_size for p in (ROOT / "wemoe_plugin" / "demo" / "checkpoints").rglob("*") if p.is_file()]
     assert sum(sizes) < 10_000_000
+
+
+def test_the_page_of_methods_shows_the_table_that_recipes_are_checked_against() -> None:
+    """If not: python tools/methods_table.py --write."""
+    specification = importlib.util.spec_from_file_location("methods_table", ROOT / "tools" / "methods_table.py")
+    assert specification is not None
+    assert specification.loader is not None
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    page = tool.PAGE.read_text(encoding="utf-8")
+    assert tool.with_table(page) == page
+    assert all(f"| `{name}` |" in page for name in METHODS)
+
+
+def test_the_page_of_inputs_names_every_kind_that_is_read() -> None:
+    page = (ROOT / "docs" / "inputs.md").read_text(encoding="utf-8")
+    for word in (*TORCH_SUFFIXES, ".safetensors", OPEN_CLIP_CONFIG, TRANSFORMERS_CONFIG, "@revision", "base+"):
+        assert word in page

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wemoe_plugin.errors import CheckpointError, PlanError, RecipeError, TuningError, WemoeError
+    from wemoe_plugin.merging.mergekit_bridge import register_methods
     from wemoe_plugin.merging.plan import MergePlan, plan_merge
     from wemoe_plugin.modeling.attach import attach
     from wemoe_plugin.modeling.ensembled_linear import EnsembledLinear
@@ -36,11 +37,13 @@ __all__ = [
     "load_recipe",
     "merge",
     "plan_merge",
+    "register_methods",
     "tune_directory",
 ]
 
 _HOMES = {
     "errors": ("CheckpointError", "PlanError", "RecipeError", "TuningError", "WemoeError"),
+    "merging.mergekit_bridge": ("register_methods",),
     "merging.plan": ("MergePlan", "plan_merge"),
     "modeling.attach": ("attach",),
     "modeling.ensembled_linear": ("EnsembledLinear",),

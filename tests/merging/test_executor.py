@@ -15,9 +15,9 @@ from models import open_clip_family, save_open_clip, save_state, transformers_fa
 from safetensors.torch import load_file
 
 from wemoe_plugin.errors import CheckpointError, PlanError
-from wemoe_plugin.merging import array_worker, executor, tensor_worker
+from wemoe_plugin.merging import executor, tensor_worker, work
 from wemoe_plugin.merging.executor import execute_plan
-from wemoe_plugin.merging.memory import operation_memory, peak_memory
+from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, is_plain, operation_memory, piece_memory
 from wemoe_plugin.merging.operations import Upscale
 from wemoe_plugin.merging.plan import MergePlan, plan_merge
 from wemoe_plugin.recipe.loading import load_recipe
@@ -137,9 +137,9 @@ def test_numpy_and_torch_write_the_same_bytes(
     for name, kind in zip(("base", "e0", "e1"), dtypes, strict=True):
         stored_as(tmp_path, name, kinds[kind])
     plan = planned(tmp_path, f"merge_method: {method}\n")
-    assert all(array_worker.is_plain(operation, plan.dtype) for operation in plan.operations)
+    assert all(is_plain(operation, plan.dtype) for operation in plan.operations)
     executed(plan, tmp_path / "numpy", chunk_elements=1000)
-    monkeypatch.setattr(array_worker, "is_plain", lambda *_: False)
+    monkeypatch.setattr(work, "is_plain", lambda *_: False)
     executed(plan, tmp_path / "torch")
     assert digest(tmp_path / "numpy") == digest(tmp_path / "torch")
 
@@ -239,7 +239,7 @@ def test_work_waits_until_its_memory_is_free(tmp_path: Path, monkeypatch: pytest
         return result
 
     monkeypatch.setattr(tensor_worker, "truncated_svd", watched)
-    largest = peak_memory(plan.operations, plan.dtype, jobs=1)
+    largest = max(piece_memory(operation, plan.dtype, CHUNK_ELEMENTS) for operation in plan.operations)
     executed(plan, tmp_path / "one", max_memory=largest, jobs=4)
     assert most == 1
     executed(plan, tmp_path / "many", jobs=4)

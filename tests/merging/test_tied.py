@@ -83,5 +83,5 @@ def test_a_copy_that_only_the_base_keeps_is_the_experts_embedding(family: Path) 
 
 def test_a_head_of_another_shape_is_no_copy(family: Path) -> None:
     keep_both(family, "e1", torch.zeros(25, 16))
-    with pytest.raises(PlanError, match="which the base .* has not"):
+    with pytest.raises(PlanError, match=r"which the base .* has not"):
         planned(family)

@@ -31,19 +31,9 @@ _NUMPY_DTYPE: Mapping[str, type[np.generic]] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-"""What holds each of safetensors' element types; numpy converts float16 several times slower than torch."""
+"""What holds each of safetensors' element types."""
 
 _BF16_INFINITY = 0x7F80
-
-
-def is_plain(operation: Operation, dtype: str) -> bool:
-    """Whether an operation needs no torch: elementwise, in float32 or float64, without float16 or adapters."""
-    return (
-        isinstance(operation, Copy | Combine)
-        and dtype in ("F32", "F64")
-        and operation.output.dtype in _NUMPY_DTYPE
-        and all(isinstance(source, StoredTensor) and source.dtype in _NUMPY_DTYPE for source in operation.sources)
-    )
 
 
 class _Buffers(threading.local):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
 from wemoe_plugin.errors import PlanError
+from wemoe_plugin.merging.allocator import return_large_buffers
 from wemoe_plugin.merging.journal import Journal
 from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, available_processors, fitting_chunk, piece_memory
 from wemoe_plugin.merging.plan import MergePlan
@@ -64,6 +65,8 @@ def execute_plan(
         places = stack.enter_context(output_files(plan, directory))
         worker = make_worker(operations, plan.dtype, device, reader, places)
         stack.enter_context(_one_thread_per_operation())
+        if any(operation.whole for operation in operations):
+            return_large_buffers()
         queue = _Queue(pieces(plan, chunk_elements, done))
 
         def drain() -> None:

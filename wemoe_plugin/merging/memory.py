@@ -3,44 +3,91 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from wemoe_plugin.checkpoints.header import ITEM_BYTES
+from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor
 from wemoe_plugin.checkpoints.sources import AdaptedTensor
-from wemoe_plugin.merging.operations import Delegate, Operation, Upscale
+from wemoe_plugin.merging.operations import Combine, Copy, Delegate, Operation, Upscale
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements per range: small enough that a range and its sums stay in a processor's cache."""
 
 
+PROCESS_BYTES = {"numpy": 2_500_000, "torch": 25_000_000}
+"""What threads, allocators and first calls take beside all buffers; ``benchmarks/merge_memory.py`` shows the sum."""
+
+
+@dataclass(frozen=True)
+class KernelMemory:
+    """What a method's kernel holds beside its inputs, in tensors of an input's size.
+
+    The highest of some straight lines in the number of experts, each (constant, per expert); decompositions add a
+    line times the ratio of the matrix' sides. Measured by ``benchmarks/method_memory.py``.
+    """
+
+    lines: tuple[tuple[float, float], ...]
+    square: tuple[float, float] = (0.0, 0.0)
+
+    def tensors(self, experts: int, shape: tuple[int, ...]) -> float:
+        """Tensors for so many experts and a tensor of some shape."""
+        ratio = min(shape) / max(shape) if len(shape) == 2 and max(shape) else 0.0
+        highest = max(constant + slope * experts for constant, slope in self.lines)
+        return highest + ratio * (self.square[0] + self.square[1] * experts)
+
+
+_CONSENSUS = (1.0, 3.25)
+
+KERNELS: Mapping[str, KernelMemory] = {
+    "iso_c": KernelMemory(((3.6, 1), (0, 2)), (3.4, 0)),
+    "tsv_m": KernelMemory(((3, 2), (-1, 3.2)), (7.5, 0.4)),
+    "ties": KernelMemory(((7, 1), _CONSENSUS)),
+    "dare_linear": KernelMemory(((3, 1),)),
+    "dare_ties": KernelMemory(((3, 1), _CONSENSUS)),
+    "della": KernelMemory(((9, 1), _CONSENSUS)),
+    "della_linear": KernelMemory(((9, 1),)),
+    "breadcrumbs": KernelMemory(((6, 1),)),
+    "breadcrumbs_ties": KernelMemory(((6, 1), _CONSENSUS)),
+    "sce": KernelMemory(((7.5, 1), (2, 3.25))),
+    "ram": KernelMemory(((5.5, 5.25),)),
+    "ramplus_tl": KernelMemory(((5.5, 5.25),)),
+    "model_stock": KernelMemory(((4, 1),)),
+    "arcee_fusion": KernelMemory(((5, 0),)),
+    "slerp": KernelMemory(((1.5, 0),)),
+    "nearswap": KernelMemory(((5, 0),)),
+    "nuslerp": KernelMemory(((6, 0),)),
+    "multislerp": KernelMemory(((9, 1), (2, 4))),
+    "karcher": KernelMemory(((5, 1),)),
+    "passthrough": KernelMemory(((1, 0),)),
+}
+
+
 def operation_memory(operation: Operation, count: int, dtype: str) -> int:
     """Bytes one thread holds at once while it works on ``count`` elements of an operation.
 
-    An elementwise range holds one input as stored and the base, one input, its task vector, its product and the sum
-    in the arithmetic's dtype, and the result as written. An input with an adapter adds its change and its factors, a
-    low-rank range what its decomposition takes.
+    A plain range holds the base, one input and the sum in the arithmetic's dtype, and one range as stored. Where torch
+    does it, the task vector, its product and the result as written come on top; an input with an adapter adds its
+    change and its factors, a low-rank range what its decomposition takes. A method of mergekit's holds all its inputs
+    and what its kernel makes of them.
     """
-    stored = max((ITEM_BYTES[source.dtype] for source in operation.sources), default=0)
     width = ITEM_BYTES[dtype]
+    if isinstance(operation, Delegate):
+        inputs = len(operation.inputs)
+        experts = inputs - (operation.base is not None)
+        kernel = KERNELS[operation.method].tensors(experts, operation.output.shape)
+        return int(count * width * (inputs + kernel))
+    stored = max((ITEM_BYTES[source.dtype] for source in operation.sources), default=0)
+    if is_plain(operation, dtype):
+        return count * (stored + 3 * width)
     needed = count * (stored + 5 * width + ITEM_BYTES[operation.output.dtype])
     adapters = [source for source in operation.sources if isinstance(source, AdaptedTensor)]
     if adapters:
         needed += width * (2 * count + max(source.down.elements + source.up.elements for source in adapters))
-    if isinstance(operation, Delegate):
-        return needed + count * delegate_bytes(operation, width)
     if isinstance(operation, Upscale) and operation.rank is not None:
         out_features, in_features = operation.output.shape
         small = min(out_features, in_features)
-        needed += 8 * (count + 5 * small * small + operation.rank * (out_features + in_features))
+        needed += 8 * (count + 4 * small * small + operation.rank * (out_features + in_features))
     return needed
-
-
-def delegate_bytes(operation: Delegate, width: int) -> int:
-    """Bytes per element that a method holds beside what reading and writing take.
-
-    All inputs at once, and what its kernel makes of them: see `benchmarks/merge_memory.py` for what was measured.
-    """
-    inputs = len(operation.inputs)
-    return width * (4 * inputs + 2) + 24
 
 
 def piece_memory(operation: Operation, dtype: str, chunk_elements: int) -> int:
@@ -50,18 +97,32 @@ def piece_memory(operation: Operation, dtype: str, chunk_elements: int) -> int:
 
 
 def peak_memory(operations: tuple[Operation, ...], dtype: str, jobs: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
-    """Bytes of buffers at the worst moment: the ``jobs`` largest pieces of work at the same time."""
+    """Bytes above the imported process at the worst moment: the ``jobs`` largest pieces of work at the same time."""
     needs = []
     for operation in operations:
         pieces = 1 if operation.whole else max(1, -(-operation.output.elements // chunk_elements))
         needs += [piece_memory(operation, dtype, chunk_elements)] * min(pieces, jobs)
-    return sum(sorted(needs, reverse=True)[:jobs])
+    plain = all(is_plain(operation, dtype) for operation in operations)
+    return sum(sorted(needs, reverse=True)[:jobs]) + PROCESS_BYTES["numpy" if plain else "torch"]
 
 
 def fitting_chunk(operations: tuple[Operation, ...], dtype: str, chunk_elements: int, max_memory: int) -> int:
     """Elements per range, at most ``chunk_elements``, so that one elementwise range stays within ``max_memory``."""
     widest = max((operation_memory(o, 1, dtype) for o in operations if not o.whole), default=1)
     return max(1, min(chunk_elements, max_memory // widest))
+
+
+def is_plain(operation: Operation, dtype: str) -> bool:
+    """Whether an operation needs no torch: elementwise, in float32 or float64, without float16 or adapters.
+
+    numpy converts float16 several times slower than torch does.
+    """
+    return (
+        isinstance(operation, Copy | Combine)
+        and dtype in ("F32", "F64")
+        and operation.output.dtype != "F16"
+        and all(isinstance(source, StoredTensor) and source.dtype != "F16" for source in operation.sources)
+    )
 
 
 def available_processors() -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
 from wemoe_plugin.errors import CheckpointError
+from wemoe_plugin.merging.memory import is_plain
 from wemoe_plugin.merging.operations import Operation
 from wemoe_plugin.merging.plan import MergePlan
 from wemoe_plugin.merging.tied import Twins
@@ -80,9 +81,9 @@ def make_worker(
         reader: of all sources.
         files: where each tensor is stored, by its name.
     """
-    from wemoe_plugin.merging.array_worker import ArrayWorker, is_plain
-
     if device == "cpu" and all(is_plain(operation, dtype) for operation in operations):
+        from wemoe_plugin.merging.array_worker import ArrayWorker
+
         return ArrayWorker(dtype, reader, files)
     from wemoe_plugin.merging.tensor_worker import TensorWorker
 
