@@ -1,9 +1,10 @@
-"""A Llama-shaped base and four experts of about 0.47 B bfloat16 parameters each, task arithmetic: ours and mergekit's.
+"""A Llama-shaped base and four experts of about 0.47 B bfloat16 parameters each: ours and mergekit's.
 
-    python benchmarks/merge_speed.py [--repeats 3] [--folder DIR]
+    python benchmarks/merge_speed.py [--method ties] [--repeats 3] [--max-memory 4GiB] [--folder DIR]
 
 Alternating whole processes with a warm cache, and the time that plain copies of all inputs and one output take. Prints
-ratios of medians, peak memory, and the root mean square error of both results against float64.
+ratios of medians, the time of the merge itself (without starting and planning), peak memory, and for task arithmetic
+the root mean square error of both results against float64 and the peak for a model four times as large.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def llama_shapes(layers: int) -> Shapes:
     return shapes | {"model.norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
 
 
-def write_model(directory: Path, layers: int, seed: int) -> int:
+def write_model(directory: Path, layers: int, seed: int | None) -> int:
     """A transformers directory; returns the size of its weights in bytes."""
     directory.mkdir()
     config = {
@@ -50,14 +51,14 @@ def write_model(directory: Path, layers: int, seed: int) -> int:
     return write_weights(directory / "model.safetensors", llama_shapes(layers), "BF16", seed)
 
 
-def run(command: list[str]) -> float:
-    """Wall seconds of one process."""
+def run(command: list[str]) -> tuple[float, str]:
+    """Wall seconds of one process, and what it printed."""
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    return seconds
+    return seconds, done.stdout
 
 
 def peak_of(command: list[str]) -> float:
@@ -86,6 +87,28 @@ def copy_seconds(directory: Path, names: list[str]) -> float:
     return seconds
 
 
+def recipe_for(directory: Path, names: list[str], method: str) -> Path:
+    """Write the recipe: task arithmetic, or a method of mergekit's in float32 with half of each task vector kept."""
+    models = "\n".join(f"  - model: {directory / n}\n    parameters: {{weight: 1.0}}" for n in names[1:])
+    more = "" if method == "task_arithmetic" else ", density: 0.5}\ndtype: float32"
+    path = directory / "recipe.yaml"
+    path.write_text(
+        f"base_model: {directory / 'base'}\nmodels:\n{models}\nmerge_method: {method}\n"
+        f"parameters: {{lambda: {SCALE}{more or '}'}\nout_dtype: bfloat16\n"
+    )
+    return path
+
+
+def peak_of_four_times(command: list[str], layers: int) -> float:
+    """Peak resident bytes of our merge of a model four times as large; its files are holes, which read as zeros."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        names = ["base", *(f"expert{k}" for k in range(EXPERTS))]
+        for name in names:
+            write_model(directory / name, 4 * layers, None)
+        return peak_of([command[0], str(recipe_for(directory, names, "task_arithmetic")), *command[2:]])
+
+
 def rms_error(directory: Path, names: list[str], out: Path) -> float:
     """Root mean square difference of a merge from the same merge in float64, over some tensors."""
     import torch
@@ -107,41 +130,55 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--folder", type=Path, help="where to make the models; default a temporary folder")
+    parser.add_argument("--method", default="task_arithmetic", choices=["task_arithmetic", "ties", "dare_ties"])
+    parser.add_argument("--max-memory", help="for ours")
     options = parser.parse_args()
+    plain = options.method == "task_arithmetic"
     binaries = Path(sys.executable).parent
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         directory = Path(folder)
         names = ["base", *(f"expert{k}" for k in range(EXPERTS))]
         size = sum(write_model(directory / name, options.layers, seed) for seed, name in enumerate(names))
-        recipe = directory / "recipe.yaml"
-        models = "\n".join(f"  - model: {directory / n}\n    parameters: {{weight: 1.0}}" for n in names[1:])
-        recipe.write_text(
-            f"base_model: {directory / 'base'}\nmodels:\n{models}\nmerge_method: task_arithmetic\n"
-            f"parameters: {{lambda: {SCALE}}}\nout_dtype: bfloat16\n"
-        )
+        recipe = recipe_for(directory, names, options.method)
         outs = {"wemoe-merge": directory / "ours", "mergekit-yaml": directory / "theirs"}
+        ours = [str(binaries / "wemoe-merge"), str(recipe), "--out", str(outs["wemoe-merge"]), "--json"]
+        ours += ["--max-memory", options.max_memory] if options.max_memory else []
         commands = {
-            "wemoe-merge": [str(binaries / "wemoe-merge"), str(recipe), "--out", str(outs["wemoe-merge"]), "--quiet"],
+            "wemoe-merge": ours,
             "mergekit-yaml": [str(binaries / "mergekit-yaml"), str(recipe), str(outs["mergekit-yaml"])],
         }
-        seconds: dict[str, list[float]] = {"plain copies": [], **{name: [] for name in commands}}
+        seconds: dict[str, list[float]] = {
+            "plain copies": [],
+            "the merge itself": [],
+            **{name: [] for name in commands},
+        }
         for _ in range(options.repeats + 1):
             seconds["plain copies"].append(copy_seconds(directory, names))
             for name, command in commands.items():
                 shutil.rmtree(outs[name], ignore_errors=True)
-                seconds[name].append(run(command))
-        errors = {name: rms_error(directory, names, out) for name, out in outs.items()}
+                taken, printed = run(command)
+                seconds[name].append(taken)
+                if name == "wemoe-merge":
+                    seconds["the merge itself"].append(json.loads(printed)["seconds"]["merge"])
+        errors = {name: rms_error(directory, names, out) for name, out in outs.items()} if plain else {}
         peaks = {}
         for name, command in commands.items():
             shutil.rmtree(outs[name])
             peaks[name] = peak_of(command)
+        shutil.rmtree(outs["wemoe-merge"])
+        larger = peak_of_four_times(ours, options.layers) if plain else None
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    limit = f", --max-memory {options.max_memory}" if options.max_memory else ""
     print(describe_machine())
-    print(f"{size / 1e9:.2f} GB read, {size / 1e9 / (EXPERTS + 1):.2f} GB written; medians of {options.repeats}\n")
-    print(f"{'':<16}{'seconds':>9}{'/ mergekit':>12}{'peak MB':>9}{'rms error':>11}")
+    print(f"{options.method}{limit}: {size / 1e9:.2f} GB read; medians of {options.repeats}\n")
+    print(f"{'':<18}{'seconds':>9}{'/ mergekit':>12}{'/ copies':>10}{'peak MB':>9}{'rms error':>11}")
     for name, median in medians.items():
-        more = f"{peaks[name] / 1e6:>9.0f}{errors[name]:>11.2e}" if name in peaks else ""
-        print(f"{name:<16}{median:>9.2f}{median / medians['mergekit-yaml']:>12.3f}{more}")
+        more = f"{peaks[name] / 1e6:>9.0f}" if name in peaks else ""
+        more += f"{errors[name]:>11.2e}" if name in errors else ""
+        ratios = f"{median / medians['mergekit-yaml']:>12.3f}{median / medians['plain copies']:>10.2f}"
+        print(f"{name:<18}{median:>9.2f}{ratios}{more}")
+    if larger is not None:
+        print(f"\npeak of wemoe-merge for a model four times as large: {larger / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

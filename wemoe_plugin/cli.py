@@ -123,7 +123,8 @@ def merge_command(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a merge that was killed.")] = False,
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Merge only, even if the recipe has tuning.")] = False,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Threads; default all processors.")] = None,
+    engine: Annotated[str, typer.Option(help="Who merges: threads, or ray for the workers of a cluster.")] = "threads",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Threads or workers; default all processors.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Limit of all buffers together, such as 4GiB.")] = None,
     shard_size: ShardOption = "5GB",
     device: DeviceOption = "cpu",
@@ -136,9 +137,14 @@ def merge_command(
     limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
     timings: dict[str, float] = {}
     check_device(device)
+    if engine != "threads":
+        from wemoe_plugin.merging.executor import check_engine
+
+        check_engine(engine)
     if (whole := _whole(recipe)) is not None:
-        if limit is not None or resume:
-            raise WemoeError(f"{recipe}: mergekit carries out such a recipe; it knows no --max-memory and no --resume")
+        if limit is not None or resume or engine != "threads":
+            unknown = "no --max-memory, no --resume and no --engine"
+            raise WemoeError(f"{recipe}: mergekit carries out such a recipe; it knows {unknown}")
         target = out if out is not None else Path("merged") / recipe.stem
         _merge_whole(whole, target, say, timings, force=force, device=device, shard=shard_size, seed=seed or 0)
         if json:
@@ -172,6 +178,7 @@ def merge_command(
         options: dict[str, Any] = {
             "force": force,
             "resume": resume,
+            "engine": engine,
             "jobs": jobs,
             "max_memory": limit,
             "device": device,

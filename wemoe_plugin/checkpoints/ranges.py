@@ -53,24 +53,28 @@ class RangeReader:
 
     Args:
         files: the files to read, each with its stamp if it must not have changed since.
+        folder: where relative paths start; default the current one.
     """
 
-    def __init__(self, files: Mapping[Path, FileStamp | None]) -> None:
+    def __init__(self, files: Mapping[Path, FileStamp | None], folder: Path = Path()) -> None:
         self._stack = ExitStack()
         self._stamps = files
         self._descriptors: dict[Path, int] = {}
         try:
             for path in files:
-                descriptor = os.open(path, os.O_RDONLY)
-                self._stack.callback(os.close, descriptor)
-                self._descriptors[path] = descriptor
+                self._descriptors[path] = self._opened(folder, path)
             self.check_unchanged()
-        except OSError as error:
-            self._stack.close()
-            raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from None
         except CheckpointError:
             self._stack.close()
             raise
+
+    def _opened(self, folder: Path, path: Path) -> int:
+        try:
+            descriptor = os.open(folder / path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        self._stack.callback(os.close, descriptor)
+        return descriptor
 
     def __enter__(self) -> Self:
         return self
@@ -115,9 +119,10 @@ class TensorFile:
     Args:
         path: the file.
         tensors: (name, dtype, shape) of its tensors, in the order of their data.
+        made: whether another process has made it already; it is then opened for its data alone.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+    def __init__(self, path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, made: bool = False) -> None:
         entries = list(tensors)
         header = build_header(entries, {"format": "pt"})
         self.path = path
@@ -127,7 +132,9 @@ class TensorFile:
         for name, dtype, shape in entries:
             self._offsets[name] = end
             end += math.prod(shape) * ITEM_BYTES[dtype]
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptor = os.open(path, os.O_WRONLY if made else os.O_RDWR | os.O_CREAT, 0o666)
+        if made:
+            return
         try:
             _allocate(self._descriptor, end)
             _write_all(self._descriptor, memoryview(header), 0)

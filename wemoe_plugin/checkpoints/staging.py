@@ -107,7 +107,7 @@ def staged_directory(
             except OSError:
                 continue
         if isinstance(error, OSError):
-            raise PlanError(f"{path}: cannot be written: {error.strerror or error}") from error
+            raise PlanError(f"{path}: cannot write the output: {error.strerror or error}") from error
         raise
 
 

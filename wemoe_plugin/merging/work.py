@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
 from wemoe_plugin.errors import CheckpointError
+from wemoe_plugin.merging.allocator import return_large_buffers
 from wemoe_plugin.merging.memory import is_plain
 from wemoe_plugin.merging.operations import Operation
 from wemoe_plugin.merging.plan import MergePlan
@@ -87,4 +88,6 @@ def make_worker(
         return ArrayWorker(dtype, reader, files)
     from wemoe_plugin.merging.tensor_worker import TensorWorker
 
+    if any(operation.whole for operation in operations):
+        return_large_buffers()
     return TensorWorker(dtype, device, reader, files)

@@ -33,6 +33,7 @@ def merge(
     *,
     force: bool = False,
     resume: bool = False,
+    engine: str = "threads",
     jobs: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
@@ -46,7 +47,8 @@ def merge(
         out: the output directory.
         force: replace an earlier output.
         resume: go on with what a run that was killed has left.
-        jobs: threads; default all processors.
+        engine: who does the work: ``threads`` of this process, or workers of ``ray``.
+        jobs: threads or workers; default all processors.
         max_memory: bytes of all buffers together.
         device: where the arithmetic is done, a name of torch's.
         progress: told about input bytes as they are done.
@@ -63,7 +65,14 @@ def merge(
         copy_companions(plan.base.checkpoint.path, work, _common_dtype(plan))
         with Journal(stage.journal) as journal:
             execute_plan(
-                plan, work, jobs=jobs, max_memory=max_memory, device=device, journal=journal, progress=progress
+                plan,
+                work,
+                engine=engine,
+                jobs=jobs,
+                max_memory=max_memory,
+                device=device,
+                journal=journal,
+                progress=progress,
             )
         if len(plan.static_files) > 1:
             _write_index(plan, work)
