@@ -301,3 +301,30 @@ def test_inputs_are_left_alone(tmp_path: Path) -> None:
     before = {name: digest(tmp_path / name) for name in ("base", "e0", "e1")}
     executed(planned(tmp_path, "merge_method: task_arithmetic\n"), tmp_path / "out")
     assert {name: digest(tmp_path / name) for name in before} == before
+
+
+EVERYTHING = """\
+merge_method: task_arithmetic
+parameters: {lambda: 0.3}
+rules:
+  - {match: visual.**.mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 2}}}
+  - {match: transformer.**.mlp, merge_method: wemoe}
+  - {match: visual.**.attn, merge_method: ties, parameters: {density: 0.5}}
+  - {match: transformer.**.attn, merge_method: linear}
+"""
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu:0", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_every_operation_on_another_device(tmp_path: Path, device: str) -> None:
+    """``cpu:0`` takes the way of any device: tensors are moved there and back."""
+    open_clip_family(tmp_path)
+    plan = planned(tmp_path, EVERYTHING)
+    expected = executed(plan, tmp_path / "here")
+    found = executed(plan, tmp_path / "there", device=device)
+    for state in (expected, found):
+        for name in [name for name in state if name.endswith(".A")]:  # the signs of singular vectors are free
+            state[name] = state.pop(f"{name.removesuffix('A')}B") @ state[name]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -15,7 +15,13 @@ from pathlib import Path
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
 from wemoe_plugin.errors import PlanError, WemoeError
 from wemoe_plugin.merging.journal import Journal
-from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, available_processors, fitting_chunk, piece_memory
+from wemoe_plugin.merging.memory import (
+    CHUNK_ELEMENTS,
+    DEVICE_CHUNK_ELEMENTS,
+    available_processors,
+    fitting_chunk,
+    piece_memory,
+)
 from wemoe_plugin.merging.plan import MergePlan
 from wemoe_plugin.merging.work import Piece, Worker, bytes_of_piece, compare_twins, make_worker, pieces
 
@@ -45,7 +51,7 @@ def execute_plan(
     *,
     engine: str = "threads",
     jobs: int | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
     max_memory: int | None = None,
     device: str = "cpu",
     journal: Journal | None = None,
@@ -58,7 +64,8 @@ def execute_plan(
         directory: where; it must not hold any of the plan's files, unless the journal says that some work is done.
         engine: who does the work: ``threads`` of this process, or workers of ``ray``.
         jobs: threads or workers; default the number of processors this process may use, or the cluster has.
-        chunk_elements: elements per range. Neither this nor ``jobs`` changes a byte of elementwise results.
+        chunk_elements: elements per range; default what suits the device. Neither this nor ``jobs`` changes a byte of
+            elementwise results.
         max_memory: bytes that the buffers of all threads or workers together may take; None for as much as the largest
             tensors need.
         device: where the arithmetic is done, a name of torch's.
@@ -73,6 +80,7 @@ def execute_plan(
     """
     check_engine(engine)
     operations = plan.operations
+    chunk_elements = chunk_elements or (CHUNK_ELEMENTS if device.startswith("cpu") else DEVICE_CHUNK_ELEMENTS)
     if max_memory is not None:
         chunk_elements = fitting_chunk(operations, plan.dtype, chunk_elements, max_memory)
     needs = [piece_memory(operation, plan.dtype, chunk_elements) for operation in operations]

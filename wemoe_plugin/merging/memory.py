@@ -13,6 +13,9 @@ from wemoe_plugin.merging.operations import Combine, Copy, Delegate, Operation, 
 CHUNK_ELEMENTS = 1 << 18
 """Elements per range: small enough that a range and its sums stay in a processor's cache."""
 
+DEVICE_CHUNK_ELEMENTS = 1 << 22
+"""Elements per range where a GPU computes: large enough that starting its kernels takes no time beside them."""
+
 
 PROCESS_BYTES = {"numpy": 2_500_000, "torch": 25_000_000}
 """What threads, allocators and first calls take beside all buffers; ``benchmarks/merge_memory.py`` shows the sum."""
