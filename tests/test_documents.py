@@ -104,7 +104,7 @@ def test_the_page_of_methods_shows_the_table_that_recipes_are_checked_against() 
     specification.loader.exec_module(tool)
     page = tool.PAGE.read_text(encoding="utf-8")
     assert tool.with_table(page) == page
-    assert all(f"| `{name}` |" in page for name in METHODS)
+    assert all(f"| `{name}`<br>" in page for name in METHODS)
 
 
 def test_the_page_of_inputs_names_every_kind_that_is_read() -> None:

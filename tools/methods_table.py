@@ -32,7 +32,7 @@ def _parameters(parameters: Mapping[str, Parameter]) -> str:
 def _models(method: Method) -> str:
     (fewest, most), (_, others) = method.inputs, method.others
     if method.base == "ignored":
-        return "1" if most == 1 else "any number; a base counts as one"
+        return "1" if most == 1 else "any number (a base is one)"
     base = "base" if method.base == "required" else "base or none"
     if most is not None:
         return f"{base} and {most - 1}"
@@ -42,14 +42,14 @@ def _models(method: Method) -> str:
 
 
 def _row(name: str, method: Method) -> str:
-    how = "by ranges" if name in STREAMED else "whole tensors, drawn from a seed" if method.random else "whole tensors"
+    how = "ranges" if name in STREAMED else "tensors, seeded" if method.random else "tensors"
     title = f"[{method.title}]({method.source})" if method.source else method.title
-    return f"| `{name}` | {title} | {_models(method)} | {_parameters(method.parameters)} | {how} |"
+    return f"| `{name}`<br>{title} | {_models(method)} | {_parameters(method.parameters)} | {how} |"
 
 
 def render() -> str:
     """The table as Markdown, ours first."""
-    head = ["| method | | models | parameters (defaults) | works on |", "|---|---|---|---|---|"]
+    head = ["| method | models | parameters (defaults) | works on |", "|---|---|---|---|"]
     return "\n".join([*head, *(_row(name, method) for name, method in {**OURS, **MERGEKITS}.items())])
 
 

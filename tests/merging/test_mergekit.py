@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.executor import execute_plan
-from wemoe_plugin.merging.mergekit_bridge import register_methods
-from wemoe_plugin.merging.operations import Delegate
+from wemoe_plugin.merging.mergekit_bridge import merge_tensors, register_methods
+from wemoe_plugin.merging.operations import Delegate, OutputTensor
 from wemoe_plugin.merging.plan import plan_merge
 from wemoe_plugin.merging.spectral import isotropic_merge
 from wemoe_plugin.recipe.loading import load_recipe
@@ -163,6 +163,14 @@ def test_random_methods_draw_from_a_seed_of_each_tensor(family: Path, tmp_path: 
     )
     merged = load_file(tmp_path / "0" / "model.safetensors")[operation.output.name]
     assert torch.equal(merged, expected)
+
+
+def test_arcee_fusion_samples_large_tensors_from_its_seed() -> None:
+    tensors = [torch.randn(1001, 1000, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    operation = Delegate(OutputTensor("w", "F32", (1001, 1000)), "arcee_fusion", (), 1, {}, ({}, {}), 7)
+    torch.manual_seed(7)
+    (expected,) = merge_methods.get("arcee_fusion")([TensorGroup.from_tensors(tensors, base_index=1)])
+    assert torch.equal(merge_tensors(operation, tensors), expected)
 
 
 def test_drawing_leaves_the_callers_generator_alone(family: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
@@ -15,7 +14,6 @@ from mergekit.merge_methods import (
     BasePolicy,
     GroupMergeMethod,
     InputContract,
-    MergeMethod,
     MergeMethodSpec,
     ParameterScope,
     PerInputValues,
@@ -26,6 +24,7 @@ from mergekit.merge_methods import (
 from mergekit.merge_methods.base import ParameterSpec
 from pydantic import ValidationError
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from wemoe_plugin.errors import PlanError, RecipeError
 from wemoe_plugin.merging.operations import Delegate
@@ -33,8 +32,24 @@ from wemoe_plugin.merging.spectral import isotropic_merge, task_singular_vectors
 from wemoe_plugin.recipe.methods import OURS
 from wemoe_plugin.recipe.whole import WholeRecipe
 
-_DRAWING = threading.Lock()
-"""torch draws from one generator for all threads: who seeds it must have it alone until done."""
+_DRAWING = (torch.bernoulli, torch.randint, torch.rand, torch.randn, torch.normal, torch.randperm, torch.multinomial)
+
+
+class _OwnGenerator(TorchFunctionMode):
+    """Inside of it, in this thread, whatever draws numbers draws them from one generator of its own.
+
+    mergekit's kernels use torch's, which all threads share: results would depend on which of them comes first.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        super().__init__()
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), keywords: Mapping[str, Any] | None = None
+    ) -> Any:
+        own = {"generator": self.generator} if function in _DRAWING else {}
+        return function(*args, **{**(keywords or {}), **own})
 
 
 class _SpectralMerge(GroupMergeMethod):  # type: ignore[misc]
@@ -92,16 +107,10 @@ def merge_tensors(operation: Delegate, tensors: Sequence[Tensor]) -> Tensor:
     for parameter in method.spec.input_parameters:
         ids = [e.id for e in entries if not (e.is_base and parameter.scope == ParameterScope.NON_BASE)]
         parameters[parameter.name] = PerInputValues([(k, operation.per_input[k][parameter.name]) for k in ids])
-    if operation.seed is None:
-        return _call(method, group, parameters)
-    with _DRAWING, torch.random.fork_rng(devices=[t.device for t in tensors[:1] if t.device.type == "cuda"]):
-        torch.manual_seed(operation.seed)
-        return _call(method, group, parameters)
-
-
-def _call(method: MergeMethod, group: TensorGroup, parameters: dict[str, Any]) -> Tensor:
+    drawing = nullcontext() if operation.seed is None else _OwnGenerator(operation.seed, tensors[0].device)
     result: Tensor
-    (result,) = method((group,), parameters=parameters)
+    with drawing:
+        (result,) = method((group,), parameters=parameters)
     return result
 
 
