@@ -270,6 +270,24 @@ def evaluate_command(
         print_json(scores.to_json())
 
 
+@app.command("export")
+def export_command(
+    directory: DirectoryArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new directory.")],
+    mix: Annotated[str | None, typer.Option(help="Weights of the experts, such as digits=0.7,shapes=0.3.")] = None,
+    static: Annotated[bool, typer.Option("--static", help="The static merge, without task vectors.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a plain dense checkpoint: the static merge, or one mix of the experts for all inputs."""
+    if (mix is None) != static:
+        raise WemoeError("say what to export: --static or --mix NAME=NUMBER,...")
+    from wemoe_plugin.pipeline.export import export, parse_mix
+
+    changed = export(directory, out, None if mix is None else parse_mix(mix), force=force)
+    speaker(quiet)(f"exported, {changed} tensors other than the static merge's: {out}")
+
+
 @app.command("convert")
 def convert_command(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="A torch file: .bin, .pt, .pth, .ckpt.")],
