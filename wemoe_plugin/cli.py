@@ -270,6 +270,22 @@ def evaluate_command(
         print_json(scores.to_json())
 
 
+@app.command("verify")
+def verify_command(directory: DirectoryArgument, json: JsonOption = False) -> None:
+    """See that an output keeps its promises, on made-up inputs; exit status 1 if it does not."""
+    from wemoe_plugin.pipeline.verify import verify
+
+    checks = verify(directory)
+    if json:
+        print_json([vars(check) for check in checks])
+    else:
+        width = max(len(check.promise) for check in checks)
+        for check in checks:
+            typer.echo(f"{'ok' if check.kept else 'BROKEN':<7} {check.promise:<{width}}  {check.seen}")
+    if not all(check.kept for check in checks):
+        raise typer.Exit(1)
+
+
 @app.command("export")
 def export_command(
     directory: DirectoryArgument,

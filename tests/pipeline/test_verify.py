@@ -1,0 +1,111 @@
+"""`verify` sees what is right, and each thing that is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import fine_tuned, open_clip_family, transformers_family
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from wemoe_plugin.checkpoints.manifest import refresh_manifest
+from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE
+from wemoe_plugin.pipeline.merge import merge
+from wemoe_plugin.recipe.loading import load_recipe
+
+Command = Callable[..., tuple[int, str, str]]
+HEAD = (
+    "base_model: base\nmodels: [{model: e0}, {model: e1}]\nmerge_method: task_arithmetic\nparameters: {lambda: 0.3}\n"
+)
+WEMOE = "rules: [{match: mlp, merge_method: wemoe}]\n"
+PROMISES = 7
+
+
+def merged(directory: Path, rules: str = WEMOE) -> Path:
+    (directory / "recipe.yaml").write_text(HEAD + rules)
+    source = load_recipe(directory / "recipe.yaml")
+    merge(source, plan_merge(source), directory / "out")
+    return directory / "out"
+
+
+def save_family(directory: Path, base: Any) -> None:
+    for name, model in (("base", base), ("e0", fine_tuned(base, 0)), ("e1", fine_tuned(base, 1))):
+        model.save_pretrained(directory / name)
+
+
+def llamas(directory: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    save_family(directory, LlamaForCausalLM(LlamaConfig(vocab_size=24, tie_word_embeddings=False, **shape)))
+
+
+def t5s(directory: Path) -> None:
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    save_family(directory, T5ForConditionalGeneration(T5Config(vocab_size=24, **shape)))
+
+
+@pytest.mark.parametrize("family", [open_clip_family, transformers_family, llamas, t5s])
+def test_outputs_of_every_kind_keep_their_promises(
+    tmp_path: Path, command: Command, family: Callable[[Path], Any]
+) -> None:
+    torch.manual_seed(0)
+    family(tmp_path)
+    status, out, err = command("verify", merged(tmp_path))
+    assert (status, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["ok"] * PROMISES
+
+
+def test_a_static_merge_is_verified_as_far_as_it_goes(tmp_path: Path, command: Command) -> None:
+    open_clip_family(tmp_path)
+    status, out, _ = command("verify", merged(tmp_path, ""), "--json")
+    assert status == 0
+    assert [check["kept"] for check in json.loads(out)] == [True, True]
+
+
+def change(out: Path, name: str, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    state = load_file(out / name)
+    edit(state)
+    save_file(state, out / name, {"format": "pt"})
+
+
+def broken(command: Command, out: Path) -> list[str]:
+    status, said, _ = command("verify", out, "--json")
+    assert status == 1
+    return [check["promise"] for check in json.loads(said) if not check["kept"]]
+
+
+def test_a_changed_file_is_seen(tmp_path: Path, command: Command) -> None:
+    open_clip_family(tmp_path)
+    out = merged(tmp_path)
+    (out / "open_clip_config.json").write_text((out / "open_clip_config.json").read_text() + " ")
+    assert broken(command, out) == ["the files are those of the manifest"]
+
+
+def test_a_model_that_is_not_finite_is_seen(tmp_path: Path, command: Command) -> None:
+    open_clip_family(tmp_path)
+    out = merged(tmp_path)
+    change(out, "open_clip_model.safetensors", lambda state: state["visual.proj"].fill_(float("inf")))
+    refresh_manifest(out, ["open_clip_model.safetensors"])
+    assert "the ordinary checkpoint's outputs are finite" in broken(command, out)
+
+
+def test_a_model_that_mixes_rows_is_seen(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_clip_family(tmp_path)
+    out = merged(tmp_path)
+    change(out, "routers.safetensors", lambda state: [t.add_(0.3) for t in state.values()])  # type: ignore[func-returns-value]
+    refresh_manifest(out, ["routers.safetensors"])
+    forward = WeightEnsemblingMoE.forward
+
+    def mixing(self: WeightEnsemblingMoE, x: torch.Tensor) -> Any:
+        result = forward(self, x)
+        return result + result.mean(0, keepdim=True)
+
+    monkeypatch.setattr(WeightEnsemblingMoE, "forward", mixing)
+    found = broken(command, out)
+    assert "a row alone gives what it gives in a batch" in found
+    assert "shuffled rows give the same" not in found
