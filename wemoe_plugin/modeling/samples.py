@@ -1,4 +1,4 @@
-"""Made-up inputs for a model of any kind, and its outputs by row: to see whether two models agree, not what they know."""
+"""Made-up inputs for a model of any kind and its outputs by row: to see whether models agree, not what they know."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sample_inputs(model: nn.Module, rows: int, generator: torch.Generator) -> di
         ValueError: what the model takes is not known.
     """
     taken = inspect.signature(model.forward).parameters
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     inputs: dict[str, Tensor] = {}
     like = next(model.parameters())
 
@@ -62,12 +62,10 @@ def outputs_by_row(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, 
     """What the model gives for each row, by name; outputs that compare rows with each other are left out."""
     found: Any = model(**inputs)
     rows = next(iter(inputs.values())).shape[0]
-    items = (
-        found.items() if isinstance(found, Mapping) else enumerate(found) if isinstance(found, tuple) else [(0, found)]
-    )
+    named = found if isinstance(found, Mapping) else dict(enumerate(found if isinstance(found, tuple) else [found]))
     return {
         str(name): value
-        for name, value in items
+        for name, value in named.items()
         if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows and name not in _OF_THE_BATCH
     }
 

@@ -38,9 +38,9 @@ def verify(directory: Path, seed: int = 0) -> list[Check]:
         seed: of the inputs.
 
     Returns:
-        One entry per promise: the files are those of the manifest; the ordinary checkpoint loads and its outputs are finite;
-        the WEMoE model is the ordinary checkpoint at the routing of its static merge; a row's output depends on that
-        row alone.
+        One entry per promise: the files are those of the manifest; the ordinary checkpoint loads and its outputs are
+        finite; the WEMoE model is the ordinary checkpoint at the routing of its static merge; a row's output depends
+        on that row alone.
 
     Raises:
         CheckpointError: the directory is no output, or cannot be loaded.
