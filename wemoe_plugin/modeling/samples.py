@@ -39,7 +39,7 @@ def sample_inputs(model: nn.Module, rows: int, generator: torch.Generator) -> di
         return torch.randint(1, vocabulary, (rows, length), generator=generator).to(like.device)
 
     if config is None and "image" in taken and hasattr(model, "visual"):
-        height, width = _pair(model.visual.image_size)
+        height, width = _pair(model.visual.image_size)  # type: ignore[union-attr]
         inputs["image"] = image(3, height, width)
         inputs["text"] = text(int(model.vocab_size), int(model.context_length))  # type: ignore[arg-type]
     if "pixel_values" in taken:
