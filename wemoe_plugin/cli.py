@@ -270,6 +270,19 @@ def evaluate_command(
         print_json(scores.to_json())
 
 
+@app.command("inspect")
+def inspect_command(directory: DirectoryArgument, json: JsonOption = False) -> None:
+    """Show what an output directory holds: its modules, forms, routers, parameters and bytes."""
+    from wemoe_plugin.pipeline.overview import overview_lines, read_overview
+
+    overview = read_overview(directory)
+    if json:
+        print_json(overview.to_json())
+        return
+    for line in overview_lines(overview, format_size):
+        typer.echo(line)
+
+
 @app.command("verify")
 def verify_command(directory: DirectoryArgument, json: JsonOption = False) -> None:
     """See that an output keeps its promises, on made-up inputs; exit status 1 if it does not."""
