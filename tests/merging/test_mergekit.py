@@ -15,7 +15,16 @@ from mergekit.merge_methods import ParameterScope, TensorGroup, registered_metho
 from models import fine_tuned
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.executor import execute_plan
@@ -127,6 +136,30 @@ def test_deterministic_methods_give_mergekits_tensors(family: Path, tmp_path: Pa
         torch.testing.assert_close(found, theirs, rtol=2e-5, atol=2e-6)
     else:
         assert [name for name in theirs if not torch.equal(found[name], theirs[name])] == []
+
+
+SMALL = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+ARCHITECTURES = {
+    "GPT-2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=24, n_embd=16, n_layer=3, n_head=2, n_positions=16)),
+    "Qwen 3, tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, **HEADS, tie_word_embeddings=True)),
+    "RoBERTa": lambda: RobertaForSequenceClassification(
+        RobertaConfig(**SMALL, num_attention_heads=2, max_position_embeddings=16)
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_depth_is_counted_as_mergekit_counts_it(tmp_path: Path, architecture: str) -> None:
+    """Layers have other names in every architecture, and so do the tensors before and after them."""
+    torch.manual_seed(0)
+    base = ARCHITECTURES[architecture]()
+    for name, model in [("base", base), *((f"e{k}", fine_tuned(base, k)) for k in range(3))]:
+        model.save_pretrained(tmp_path / name)
+    content = recipe(tmp_path, "task_arithmetic", THREE, True, {"lambda": [0.2, 0.7, 0.3]}, WEIGHTS)
+    theirs, found = mergekits(content, tmp_path / "theirs"), ours(content, tmp_path / "ours")
+    assert found.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(found[name], theirs[name])] == []
 
 
 def test_the_base_is_averaged_in_where_mergekit_does(family: Path, tmp_path: Path) -> None:
