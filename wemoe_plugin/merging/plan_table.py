@@ -27,7 +27,7 @@ def plan_lines(plan: MergePlan, peak_memory: int, jobs: int, format_size: Callab
 
     Args:
         plan: the plan.
-        peak_memory: bytes of buffers.
+        peak_memory: bytes above the imported process.
         jobs: the number of threads that figure is for.
         format_size: from bytes to text.
     """
@@ -56,7 +56,7 @@ def plan_lines(plan: MergePlan, peak_memory: int, jobs: int, format_size: Callab
         parameters,
         f"reads         {format_size(plan.bytes_read)}",
         f"writes        {format_size(plan.bytes_written)} in {len(plan.files)} file{'s' * (len(plan.files) != 1)}",
-        f"peak memory   {format_size(peak_memory)} of buffers with {jobs} threads, above the imported process",
+        f"peak memory   {format_size(peak_memory)} above the imported process, with {jobs} threads",
     ]
 
 
