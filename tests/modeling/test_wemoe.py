@@ -314,3 +314,24 @@ def test_to_another_dtype(dtype: torch.dtype) -> None:
     result = copy.deepcopy(module).to(dtype)(batch(dtype))
     assert result.dtype == dtype
     torch.testing.assert_close(result.float(), expected, rtol=0.1, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, WIDTH])
+def test_autocast_gives_nearly_the_same_values_and_gradients(rank: int | None) -> None:
+    base, experts = family(3)
+    module = stirred(upscaled(base, experts, rank=rank))
+    parameters = freeze_all_but_routers(module)
+    x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = module(x)
+            loss = y.float().square().mean()
+        gradients = torch.autograd.grad(loss, parameters)
+        results.append((y, gradients))
+    (y, gradients), (halved, half_gradients) = results
+    assert halved.dtype == torch.bfloat16
+    torch.testing.assert_close(halved.float(), y, rtol=0.05, atol=0.05)
+    for full, half in zip(gradients, half_gradients, strict=True):
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, full, rtol=0.1, atol=0.02 * float(full.abs().max()))

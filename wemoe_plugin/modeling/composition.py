@@ -27,9 +27,14 @@ def apply_dense(
 
     Composes the weights of all samples for a band of output rows, uses them, and goes on to the next band, so memory
     is bounded whatever the batch. Differentiable in ``x`` and ``offsets`` only: weights and task vectors are frozen.
-    The backward pass composes the weights again instead of keeping them.
+    The backward pass composes the weights again instead of keeping them. Under autocast the products are taken in its
+    dtype, as those of a Linear layer are; weights are composed in their own.
     """
-    y: Tensor = _DenseComposition.apply(x, offsets, weight, vectors, working_bytes)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        y: Tensor = _DenseComposition.apply(x, offsets.to(weight.dtype), weight, vectors, working_bytes)
     return y
 
 
@@ -65,7 +70,7 @@ class _DenseComposition(torch.autograd.Function):
         ctx.working_bytes = working_bytes
         y = x.new_empty(*x.shape[:2], weight.shape[0])
         for band in _bands(x.shape[0], weight, working_bytes):
-            y[:, :, band] = x @ _compose(offsets, weight, vectors, band).mT
+            y[:, :, band] = x @ _compose(offsets, weight, vectors, band).to(x.dtype).mT
         return y
 
     @staticmethod
@@ -78,7 +83,7 @@ class _DenseComposition(torch.autograd.Function):
         for band in _bands(x.shape[0], weight, ctx.working_bytes):
             part = grad[:, :, band]
             if grad_x is not None:
-                grad_x += part @ _compose(offsets, weight, vectors, band)
+                grad_x += part @ _compose(offsets, weight, vectors, band).to(x.dtype)
             if grad_offsets is not None:
-                grad_offsets += (part.mT @ x).flatten(1) @ vectors[:, band].flatten(1).T
+                grad_offsets += (part.mT @ x).flatten(1).to(vectors.dtype) @ vectors[:, band].flatten(1).T
         return grad_x, grad_offsets, None, None, None

@@ -78,7 +78,7 @@ class EnsembledLinear(nn.Module):
                 f"a batch of {offsets.shape[0]} was routed, but this layer sees {x.shape[0]} rows: the module mixes "
                 "batch and tokens on the way, and its weights cannot be decided per sample"
             )
-        offsets = offsets.to(x.dtype)
+        offsets = offsets.to(self.weight.dtype)
         flat = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
         if self.weight_vectors is not None:
             y = apply_dense(flat, offsets, self.weight, self.weight_vectors)
@@ -87,7 +87,7 @@ class EnsembledLinear(nn.Module):
             if self.down is not None and self.up is not None:
                 y = y + apply_low_rank(flat, offsets, self.down, self.up)
         if self.bias is not None:
-            y = y + self._biases(offsets).unsqueeze(1)
+            y = y + self._biases(offsets).unsqueeze(1).to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _biases(self, offsets: Float[Tensor, "batch experts"]) -> Float[Tensor, "#batch out"]:
