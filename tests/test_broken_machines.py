@@ -34,7 +34,7 @@ parameters: {lambda: 0.3}
 """
 
 DEADLY = """\
-import os, signal, sys
+import os, pathlib, signal, sys  # pathlib of Python 3.10 would take what is put in place below for methods
 calls, fatal = 0, int(sys.argv.pop(1))
 def deadly(name):
     call = getattr(os, name)
