@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_head_that_is_no_copy_is_refused(family: Path) -> None:
     head = state(family, "e1")[EMBEDDING].clone()
     head[-1, -1] += 1
     keep_both(family, "e1", head)
-    with pytest.raises(CheckpointError, match="which the base ties it; an untied"):
+    with pytest.raises(CheckpointError, match="it is not tied to it, but another model"):
         merged(planned(family), family / "out")
     assert list((family / "out").iterdir()) == []
 
@@ -79,6 +80,18 @@ def test_a_copy_that_only_the_base_keeps_is_the_experts_embedding(family: Path) 
     found = merged(plan, family / "with")
     assert torch.equal(found[HEAD], expected[EMBEDDING])
     assert torch.equal(found[EMBEDDING], expected[EMBEDDING])
+
+
+def test_a_base_whose_head_is_no_copy_fills_in_nothing(family: Path) -> None:
+    """Whether the configuration denies it or says nothing."""
+    keep_both(family, "base", state(family, "base")[EMBEDDING] + 1)
+    with pytest.raises(CheckpointError, match="it is not tied to it, but another model"):
+        merged(planned(family), family / "out")
+    path = family / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))
+    plan = planned(family)
+    assert plan.notes == ()
+    assert plan.base_only == (HEAD,)
 
 
 def test_a_head_of_another_shape_is_no_copy(family: Path) -> None:

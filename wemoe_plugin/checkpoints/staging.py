@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,9 +91,14 @@ def staged_directory(
         check_output(path, force, doubt)
     try:
         with _locked(area, path):
-            _recover(area, path)
-            check_output(path, force, doubt)
-            stage = _prepared(area, path, made_from, resume)
+            try:
+                _recover(area, path)
+                check_output(path, force, doubt)
+                stage = _prepared(area, path, made_from, resume)
+            except BaseException:
+                with suppress(OSError):  # what an earlier run left stays
+                    area.rmdir()
+                raise
             try:
                 yield stage
                 check_output(path, force, doubt)
@@ -101,11 +106,9 @@ def staged_directory(
             finally:
                 shutil.rmtree(area, ignore_errors=True)
     except BaseException as error:
-        for empty in (area, *missing):
-            try:
-                empty.rmdir()
-            except OSError:
-                continue
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
         if isinstance(error, OSError):
             raise PlanError(f"{path}: cannot write the output: {error.strerror or error}") from error
         raise

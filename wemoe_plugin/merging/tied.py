@@ -17,7 +17,7 @@ _COPIES = (
 
 @dataclass(frozen=True)
 class Twins:
-    """Two tensors of one file that must hold the same values, since the base keeps only one of them."""
+    """Two tensors of one model that must hold the same values, since another model keeps only one of them."""
 
     kept: Source
     dropped: Source
@@ -26,8 +26,8 @@ class Twins:
 def tie(expert: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, list[Twins], list[str]]:
     """The expert with the tied weights the base has, neither more nor fewer.
 
-    A copy that only the expert keeps is left out, if it is one: its twin is to be compared while merging. A copy that
-    only the base keeps is, for the expert, the matrix it is tied to.
+    A copy that only the expert keeps is left out. A copy that only the base keeps is, for the expert, the matrix it is
+    tied to. Whether either is a copy is to be seen before merging, and for the latter no configuration may deny it.
 
     Returns:
         The expert, what must be equal, and a line for the plan about each weight that was left out or filled in.
@@ -39,11 +39,12 @@ def tie(expert: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, list[Twins], 
         if original is not None:
             twins.append(Twins(tensors[original], tensors.pop(name)))
             notes.append(f"{name} is left out: the base ties it to {original}")
-    if expert.config.get("tie_word_embeddings") is not False:
+    if all(model.config.get("tie_word_embeddings") is not False for model in (expert, base)):
         for name in [name for name in base.tensors if name not in tensors and name.endswith(_COPIES)]:
             original = _original(name, {**tensors, name: base.tensors[name]}, base.tensors)
             if original is not None:
                 tensors[name] = tensors[original]
+                twins.append(Twins(base.tensors[original], base.tensors[name]))
                 notes.append(f"{name} is its {original}, to which it is tied")
     return replace(expert, tensors=tensors), twins, notes
 

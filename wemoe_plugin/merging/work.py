@@ -65,8 +65,8 @@ def compare_twins(twins: Iterable[Twins], reader: RangeReader, chunk_elements: i
             same = same and first == second
         if not same:
             raise CheckpointError(
-                f"{dropped.file}: {dropped.name!r} differs from {kept.name!r}, to which the base ties it; an untied "
-                "model cannot be merged into a tied one"
+                f"{dropped.file}: {dropped.name!r} differs from {kept.name!r}: it is not tied to it, but another model "
+                "of the recipe keeps only one of the two; tied and untied models cannot be merged"
             )
 
 
