@@ -33,6 +33,7 @@ def kernel_tensors(name: str, experts: int, rows: int, columns: int) -> float:
     operation = Delegate(
         OutputTensor("w", "F32", (rows, columns)),
         name,
+        "F32",
         (),
         experts if has_base else None,
         {key: value for key, value in shared.items() if value is not None},

@@ -282,7 +282,7 @@ def test_values_too_large_for_the_output_are_refused(tmp_path: Path, value: floa
     plan = planned(tmp_path, "merge_method: task_arithmetic\nout_dtype: float16\n")
     with pytest.raises(PlanError, match=r"'visual.proj' is too large for F16; use out_dtype: bfloat16 or float32"):
         executed(plan, tmp_path / "out")
-    plan = planned(tmp_path, "merge_method: task_arithmetic\ndtype: float16\nout_dtype: float32\n")
+    plan = planned(tmp_path, "merge_method: ties\ndtype: float16\nout_dtype: float32\n")
     with pytest.raises(CheckpointError, match=r"'visual.proj' does not fit the recipe's dtype"):
         executed(plan, tmp_path / "out2")
 

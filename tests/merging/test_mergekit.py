@@ -138,6 +138,25 @@ def test_deterministic_methods_give_mergekits_tensors(family: Path, tmp_path: Pa
         assert [name for name in theirs if not torch.equal(found[name], theirs[name])] == []
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_whole_tensors_are_merged_in_the_recipes_dtype_and_ranges_more_exactly(
+    family: Path, tmp_path: Path, dtype: str
+) -> None:
+    content = recipe(family, "ties", THREE, True, {"density": 0.5}, WEIGHTS) | {"dtype": dtype}
+    theirs, found = mergekits(content, tmp_path / "theirs"), ours(content, tmp_path / "ours")
+    assert all(torch.equal(found[name], theirs[name]) for name in theirs)
+    exact = ours(recipe(family, "task_arithmetic", THREE, True, {}, WEIGHTS) | {"dtype": "float64"}, tmp_path / "exact")
+    content = recipe(family, "task_arithmetic", THREE, True, {}, WEIGHTS) | {"dtype": dtype}
+    theirs, found = mergekits(content, tmp_path / "theirs2"), ours(content, tmp_path / "ours2")
+    assert all(found[name].dtype == theirs[name].dtype == getattr(torch, dtype) for name in exact)
+    nearest = sum(float((t.to(getattr(torch, dtype)).double() - t).square().sum()) for t in exact.values())
+    mine, other = (
+        sum(float((state[name].double() - t).square().sum()) for name, t in exact.items()) for state in (found, theirs)
+    )
+    assert mine <= 1.001 * nearest  # what one rounding costs
+    assert other > 1.5 * nearest
+
+
 SMALL = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
 ARCHITECTURES = {
@@ -200,7 +219,7 @@ def test_random_methods_draw_from_a_seed_of_each_tensor(family: Path, tmp_path: 
 
 def test_arcee_fusion_samples_large_tensors_from_its_seed() -> None:
     tensors = [torch.randn(1001, 1000, generator=torch.Generator().manual_seed(k)) for k in range(2)]
-    operation = Delegate(OutputTensor("w", "F32", (1001, 1000)), "arcee_fusion", (), 1, {}, ({}, {}), 7)
+    operation = Delegate(OutputTensor("w", "F32", (1001, 1000)), "arcee_fusion", "F32", (), 1, {}, ({}, {}), 7)
     torch.manual_seed(7)
     (expected,) = merge_methods.get("arcee_fusion")([TensorGroup.from_tensors(tensors, base_index=1)])
     assert torch.equal(merge_tensors(operation, tensors), expected)

@@ -78,7 +78,7 @@ def operation_memory(operation: Operation, count: int, dtype: str) -> int:
         inputs = len(operation.inputs)
         experts = inputs - (operation.base is not None)
         kernel = KERNELS[operation.method].tensors(experts, operation.output.shape)
-        return int(count * width * (inputs + kernel))
+        return int(count * ITEM_BYTES[operation.dtype] * (inputs + kernel))
     stored = max((ITEM_BYTES[source.dtype] for source in operation.sources), default=0)
     if is_plain(operation, dtype):
         return count * (stored + 3 * width)

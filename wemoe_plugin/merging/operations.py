@@ -106,6 +106,7 @@ class Delegate:
 
     Attributes:
         method: its name in mergekit's registry.
+        dtype: of the arithmetic, a safetensors name.
         inputs: the models' tensors, in the recipe's order; the base comes last if the recipe does not list it.
         base: which of the inputs is the base's, or None.
         shared: the method's parameters that all inputs share.
@@ -115,6 +116,7 @@ class Delegate:
 
     output: OutputTensor
     method: str
+    dtype: str
     inputs: tuple[Source, ...]
     base: int | None
     shared: Mapping[str, Scalar]

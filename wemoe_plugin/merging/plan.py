@@ -49,7 +49,7 @@ class MergePlan:
     Attributes:
         base: θ₀; for a recipe without base_model, the first model, which then only lends its configuration.
         experts: the models whose task vectors are taken, in the recipe's order.
-        dtype: of the arithmetic, a safetensors name.
+        dtype: of the arithmetic on ranges, a safetensors name; never less than float32.
         operations: one per tensor of the ordinary checkpoint.
         static_files: the ordinary checkpoint.
         vector_files: the task vectors of the upscaled modules; empty if no rule upscales.
@@ -161,7 +161,7 @@ class _Planner:
         return MergePlan(
             base=self.base,
             experts=self.experts,
-            dtype=SAFETENSORS_DTYPE[self.recipe.dtype or "float32"],
+            dtype="F64" if self.recipe.dtype == "float64" else "F32",
             operations=tuple(operations),
             static_files=lay_out(WEIGHT_NAMES[library], (o.output for o in operations), limit),
             vector_files=lay_out("wemoe", vectors, self.shard_bytes) if vectors else (),
@@ -281,6 +281,7 @@ class _Planner:
         return Delegate(
             output,
             method,
+            SAFETENSORS_DTYPE[self.recipe.dtype or "float32"],
             self._inputs(output.name, models),
             None if spec.base == "ignored" else base,
             {k: v for k, v in self.parameters.all_of(method, "all", output.name, rule).items() if v is not None},

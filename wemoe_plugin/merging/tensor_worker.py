@@ -85,11 +85,12 @@ class TensorWorker:
         from wemoe_plugin.merging.mergekit_bridge import merge_tensors
 
         shape, count = operation.output.shape, operation.output.elements
-        tensors = [self._read(source, 0, count).view(shape) for source in operation.inputs]
+        dtype = TORCH_DTYPE[operation.dtype]
+        tensors = [self._read(source, 0, count, dtype).view(shape) for source in operation.inputs]
         self._store(operation.output, 0, merge_tensors(operation, tensors).reshape(-1))
 
-    def _read(self, source: Source, start: int, count: int) -> Tensor:
-        values = read_as(self.reader, source, start, count, self.dtype)
+    def _read(self, source: Source, start: int, count: int, dtype: torch.dtype | None = None) -> Tensor:
+        values = read_as(self.reader, source, start, count, dtype or self.dtype)
         if not _is_finite(values):
             _check_finite(self._read_stored(source, start, count), source)
             raise does_not_fit(source)

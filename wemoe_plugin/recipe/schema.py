@@ -230,7 +230,8 @@ class Recipe(Strict):
     Attributes:
         merge_method: for whatever no rule claims.
         parameters: of every method that has them and is not told otherwise by a model or a rule.
-        dtype: of the arithmetic; default float32, whatever the inputs are stored in.
+        dtype: of the arithmetic, though ranges are never merged in less than float32; default float32, whatever the
+            inputs are stored in.
         out_dtype: of the written tensors; default ``dtype`` if given, else as the base (or first model) stores them.
     """
 
