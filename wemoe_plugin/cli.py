@@ -157,7 +157,7 @@ def merge_command(
         from wemoe_plugin.checkpoints.staging import check_output
         from wemoe_plugin.pipeline.merge import is_merged, merge
 
-        done = resume and is_merged(source, target)
+        done = resume and is_merged(source, plan, target, device, limit)
         if not done:
             check_output(target, force, doubt_output)
     from wemoe_plugin.merging.plan_table import summary_lines

@@ -15,7 +15,7 @@ from wemoe_plugin.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
 _WRITER = "wemoe-plugin"
-_PACKAGES = ("wemoe-plugin", "torch", "safetensors", "transformers", "open_clip_torch")
+_PACKAGES = ("wemoe-plugin", "torch", "numpy", "safetensors", "mergekit", "transformers", "open_clip_torch")
 
 
 def sha256_of(path: Path) -> str:
@@ -35,7 +35,7 @@ def write_manifest(directory: Path, about: dict[str, Any]) -> None:
         about: what else to say, such as where the recipe stood.
     """
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_NAME)
-    content = {"written_by": _WRITER, **about, "packages": _versions(), "files": _describe(files)}
+    content = {"written_by": _WRITER, **about, "packages": package_versions(), "files": _describe(files)}
     write_atomically(directory / MANIFEST_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -84,7 +84,7 @@ def _describe(files: list[Path]) -> dict[str, dict[str, Any]]:
     return {p.name: {"bytes": p.stat().st_size, "sha256": d} for p, d in zip(files, digests, strict=True)}
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
         try:

@@ -104,13 +104,16 @@ def staged_directory(
                 check_output(path, force, doubt)
                 _swap(area, path)
             finally:
+                if (area / "old").exists() and not os.path.lexists(path):  # interrupted between two renames
+                    (area / "old").rename(path)
                 shutil.rmtree(area, ignore_errors=True)
     except BaseException as error:
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise PlanError(f"{path}: cannot write the output: {error.strerror or error}") from error
+            about = f" ({error.filename})" if error.filename else ""
+            raise PlanError(f"{path}: cannot write the output: {error.strerror or error}{about}") from error
         raise
 
 
@@ -135,16 +138,13 @@ def _area(path: Path) -> Path:
 @contextmanager
 def _locked(area: Path, path: Path) -> Iterator[None]:
     """The place as this process's own: the lock lies on the folder and ends with the process, however it ends."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlanError(f"{path}: cannot be created: {error.strerror}") from None
-    while True:
+    for _ in range(1000):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             area.mkdir(exist_ok=True)
             descriptor = os.open(area, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
-            continue  # its owner has just finished
+            continue  # its owner, or the owner of its folder, has just finished
         except OSError as error:
             raise PlanError(f"{path}: cannot be created: {error.strerror}") from None
         try:
@@ -153,6 +153,7 @@ def _locked(area: Path, path: Path) -> Iterator[None]:
                 return
         finally:
             os.close(descriptor)
+    raise PlanError(f"{path}: cannot be created: its folder disappears again and again")
 
 
 def _lock(descriptor: int, path: Path) -> bool:
@@ -232,8 +233,8 @@ def _swap(area: Path, path: Path) -> None:
             path.rename(old)
         try:
             (area / "content").rename(path)
-        except OSError:
-            if old.exists():
+        except BaseException:
+            if old.exists() and not path.exists():
                 old.rename(path)
             raise
     except OSError as error:

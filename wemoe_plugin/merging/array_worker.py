@@ -71,16 +71,15 @@ class ArrayWorker:
         source, output = operation.source, operation.output
         stored = self._read(source, start, count, "copied")
         for other in operation.agreeing:
-            if not np.array_equal(self._read(other, start, count, "stored").astype(stored.dtype), stored):
+            if not np.array_equal(self._read(other, start, count, "stored").astype(np.int64), stored.astype(np.int64)):
                 raise buffer_differs(other)
         if source.dtype != output.dtype:
             wide = _NUMPY_DTYPE["F64" if source.dtype == "F64" else "F32"]
-            stored = self._rounded(self._decoded(source, start, count, "total", wide), output.dtype)
+            stored = self._decoded(source, start, count, "total", wide)
         self._store(operation, start, stored)
 
     def _combine(self, operation: Combine, start: int, count: int) -> None:
-        total = self._mixed(operation.mixture, start, count)
-        self._store(operation, start, self._rounded(total, operation.output.dtype))
+        self._store(operation, start, self._mixed(operation.mixture, start, count))
 
     def _mixed(self, mixture: Mixture, start: int, count: int) -> Array:
         """The arithmetic of `wemoe_plugin.merging.elementwise.mix`, in the same order."""
@@ -141,9 +140,13 @@ class ArrayWorker:
         np.copyto(target, shifted, casting="same_kind")
         return target
 
-    def _store(self, operation: Copy | Combine, start: int, stored: Array) -> None:
+    def _store(self, operation: Copy | Combine, start: int, values: Array) -> None:
+        """Round and write; NaN must be seen before, since rounding its bits may make any number of them."""
         output = operation.output
-        if not _is_finite(stored, output.dtype):
+        finite = values.dtype.kind != "f" or bool(np.isfinite(values).all())
+        same = _NUMPY_DTYPE[output.dtype] is values.dtype.type
+        stored = values if same or not finite else self._rounded(values, output.dtype)
+        if not finite or not _is_finite(stored, output.dtype):
             self._blame(operation, start, stored.size)
         self.files[output.name].put(output.name, start, stored.view(np.uint8).data)
 

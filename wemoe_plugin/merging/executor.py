@@ -97,6 +97,9 @@ def execute_plan(
         if progress is not None:
             progress(bytes_of_piece(operations[piece.operation], piece))
 
+    if progress is not None:
+        for piece in done:
+            progress(bytes_of_piece(operations[piece.operation], piece))
     with ExitStack() as stack:
         reader = stack.enter_context(RangeReader(plan.stamps))
         compare_twins(plan.twins, reader, chunk_elements)

@@ -81,7 +81,8 @@ def operation_memory(operation: Operation, count: int, dtype: str) -> int:
         return int(count * ITEM_BYTES[operation.dtype] * (inputs + kernel))
     stored = max((ITEM_BYTES[source.dtype] for source in operation.sources), default=0)
     if is_plain(operation, dtype):
-        return count * (stored + 3 * width)
+        narrow = 8 if dtype == "F64" and stored < width else 0  # float32 between bfloat16 and float64, both ways
+        return count * (stored + 3 * width + narrow)
     needed = count * (stored + 5 * width + ITEM_BYTES[operation.output.dtype])
     adapters = [source for source in operation.sources if isinstance(source, AdaptedTensor)]
     if adapters:
@@ -111,8 +112,13 @@ def peak_memory(operations: tuple[Operation, ...], dtype: str, jobs: int, chunk_
 
 def fitting_chunk(operations: tuple[Operation, ...], dtype: str, chunk_elements: int, max_memory: int) -> int:
     """Elements per range, at most ``chunk_elements``, so that one elementwise range stays within ``max_memory``."""
-    widest = max((operation_memory(o, 1, dtype) for o in operations if not o.whole), default=1)
-    return max(1, min(chunk_elements, max_memory // widest))
+    fitting = chunk_elements
+    for operation in operations:
+        if not operation.whole:
+            fixed = operation_memory(operation, 0, dtype)  # such as the factors of an adapter
+            each = operation_memory(operation, 1, dtype) - fixed
+            fitting = min(fitting, (max_memory - fixed) // each)
+    return max(1, fitting)
 
 
 def is_plain(operation: Operation, dtype: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
@@ -33,6 +34,9 @@ from wemoe_plugin.recipe.methods import OURS
 from wemoe_plugin.recipe.whole import WholeRecipe
 
 _DRAWING = (torch.bernoulli, torch.randint, torch.rand, torch.randn, torch.normal, torch.randperm, torch.multinomial)
+
+
+_REGISTERING = threading.Lock()
 
 
 class _OwnGenerator(TorchFunctionMode):
@@ -83,10 +87,11 @@ def register_methods() -> None:
 
     Calling it again changes nothing.
     """
-    known = {method.spec.name for method in merge_methods.registered_methods()}
-    for name in ("iso_c", "tsv_m"):
-        if name not in known:
-            merge_methods.register(_SpectralMerge(name))
+    with _REGISTERING:
+        known = {method.spec.name for method in merge_methods.registered_methods()}
+        for name in ("iso_c", "tsv_m"):
+            if name not in known:
+                merge_methods.register(_SpectralMerge(name))
 
 
 def merge_tensors(operation: Delegate, tensors: Sequence[Tensor]) -> Tensor:

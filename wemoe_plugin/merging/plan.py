@@ -285,7 +285,7 @@ class _Planner:
             self._inputs(output.name, models),
             None if spec.base == "ignored" else base,
             {k: v for k, v in self.parameters.all_of(method, "all", output.name, rule).items() if v is not None},
-            tuple(self.parameters.all_of(method, "model", output.name, rule, model.name) for model in models),
+            tuple(self.parameters.all_of(method, "model", output.name, rule, self._name(model)) for model in models),
             _tensor_seed(self.seed, output.name) if spec.random else None,
         )
 
@@ -335,7 +335,11 @@ class _Planner:
         return OutputTensor(name, dtype, stored.shape)
 
     def _weights(self, models: Iterable[Model], tensor_name: str, rule: Rule | None) -> tuple[float, ...]:
-        return tuple(self.parameters.number("weight", tensor_name, rule, model.name) for model in models)
+        return tuple(self.parameters.number("weight", tensor_name, rule, self._name(model)) for model in models)
+
+    def _name(self, model: Model) -> str | None:
+        """Under which the recipe gives a model parameters of its own; the base that it does not list has none."""
+        return None if self.has_base and model is self.base else model.name
 
     def _notes(self) -> Iterable[str]:
         yield from self.inputs.notes

@@ -10,6 +10,7 @@ from torch import Tensor
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
 from wemoe_plugin.checkpoints.sources import Source
 from wemoe_plugin.checkpoints.tensors import TORCH_DTYPE, read_as, read_stored, write
+from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.elementwise import mix, task_vectors
 from wemoe_plugin.merging.operations import Combine, Copy, Delegate, Operation, OutputTensor, Upscale
 from wemoe_plugin.merging.problems import buffer_differs, does_not_fit, holds, too_large
@@ -47,7 +48,7 @@ class TensorWorker:
         values = self._read_stored(operation.source, start, count)
         _check_finite(values, operation.source)
         for other in operation.agreeing:
-            if not torch.equal(self._read_stored(other, start, count).to(values.dtype), values):
+            if not torch.equal(self._read_stored(other, start, count).long(), values.long()):
                 raise buffer_differs(other)
         self._store(operation.output, start, values)
 
@@ -87,7 +88,11 @@ class TensorWorker:
         shape, count = operation.output.shape, operation.output.elements
         dtype = TORCH_DTYPE[operation.dtype]
         tensors = [self._read(source, 0, count, dtype).view(shape) for source in operation.inputs]
-        self._store(operation.output, 0, merge_tensors(operation, tensors).reshape(-1))
+        try:
+            merged = merge_tensors(operation, tensors)
+        except (ValueError, RuntimeError, ArithmeticError) as error:
+            raise PlanError(f"{operation.output.name!r} cannot be merged by {operation.method}: {error}") from error
+        self._store(operation.output, 0, merged.reshape(-1))
 
     def _read(self, source: Source, start: int, count: int, dtype: torch.dtype | None = None) -> Tensor:
         values = read_as(self.reader, source, start, count, dtype or self.dtype)

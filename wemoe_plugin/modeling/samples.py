@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wemoe_plugin.errors import CheckpointError
+
 _TOKENS = 8
 """Length of a made-up text."""
 
@@ -25,7 +27,7 @@ def sample_inputs(model: nn.Module, rows: int, generator: torch.Generator) -> di
         generator: draws them.
 
     Raises:
-        ValueError: what the model takes is not known.
+        CheckpointError: what the model takes is not known.
     """
     taken = inspect.signature(model.forward).parameters
     config: Any = getattr(model, "config", None)
@@ -44,7 +46,7 @@ def sample_inputs(model: nn.Module, rows: int, generator: torch.Generator) -> di
         inputs["text"] = text(int(model.vocab_size), int(model.context_length))  # type: ignore[arg-type]
     if "pixel_values" in taken:
         vision = getattr(config, "vision_config", config)
-        height, width = _pair(vision.image_size)
+        height, width = _pair(getattr(vision, "image_size", None) or 224)
         inputs["pixel_values"] = image(getattr(vision, "num_channels", 3), height, width)
     if "input_ids" in taken:
         settings = getattr(config, "text_config", config)
@@ -53,7 +55,7 @@ def sample_inputs(model: nn.Module, rows: int, generator: torch.Generator) -> di
         if "decoder_input_ids" in taken:
             inputs["decoder_input_ids"] = text(settings.vocab_size, length)
     if not inputs:
-        raise ValueError(f"what a {type(model).__name__} takes is not known: neither images nor texts")
+        raise CheckpointError(f"what a {type(model).__name__} takes is not known: neither images nor texts")
     return inputs
 
 

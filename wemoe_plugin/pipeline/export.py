@@ -19,7 +19,7 @@ from wemoe_plugin.checkpoints.header import StoredTensor, read_header
 from wemoe_plugin.checkpoints.manifest import doubt_output, write_manifest
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
 from wemoe_plugin.checkpoints.staging import staged_directory
-from wemoe_plugin.checkpoints.tensors import read_as, read_stored, write
+from wemoe_plugin.checkpoints.tensors import TORCH_DTYPE, read_as, read_stored, write
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.memory import CHUNK_ELEMENTS
 from wemoe_plugin.modeling.config import CONFIG_NAME, WemoeConfig, read_config
@@ -50,6 +50,8 @@ def export(directory: Path, out: Path, mix: Mapping[str, float] | None, *, force
         PlanError: an expert is unknown, there is nothing to mix, or the output is in the way.
     """
     checkpoint = open_checkpoint(directory)
+    if directory.resolve() in (out.resolve(), *out.resolve().parents):
+        raise PlanError(f"{out}: lies in the directory that is exported; choose another one")
     if mix is None and not (directory / CONFIG_NAME).is_file():
         raise PlanError(f"{directory}: has no upscaled modules; it is a plain checkpoint already")
     vectors = {} if mix is None else _task_vectors(directory, read_config(directory), mix)
@@ -130,7 +132,7 @@ def _task_vectors(directory: Path, config: WemoeConfig, mix: Mapping[str, float]
 
 def _mixed(reader: RangeReader, tensor: StoredTensor, vectors: _Vectors | None) -> Iterator[tuple[int, Tensor]]:
     """Ranges of W_static + Σₖ oₖ τₖ from their first element on; of whole rows where τ is kept as factors."""
-    row = max(1, tensor.elements // tensor.shape[0]) if tensor.shape else 1
+    row = max(1, tensor.elements // max(1, tensor.shape[0])) if tensor.shape else 1
     step = max(row, CHUNK_ELEMENTS // row * row)
     for start in range(0, tensor.elements, step):
         count = min(step, tensor.elements - start)
@@ -141,6 +143,8 @@ def _mixed(reader: RangeReader, tensor: StoredTensor, vectors: _Vectors | None) 
         for k, offset in enumerate(vectors.offsets):
             if offset:
                 total.add_(offset * _vector(reader, tensor, vectors.stored, k, start, count))
+        if not torch.isfinite(total.to(TORCH_DTYPE[tensor.dtype])).all():
+            raise PlanError(f"{tensor.name!r} is too large for {tensor.dtype} with this mix")
         yield start, total
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wemoe_plugin.checkpoints.companions import copy_companions
 from wemoe_plugin.checkpoints.header import FLOATS
-from wemoe_plugin.checkpoints.manifest import doubt_output, read_manifest, sha256_of, write_manifest
+from wemoe_plugin.checkpoints.manifest import doubt_output, package_versions, read_manifest, write_manifest
+from wemoe_plugin.checkpoints.sources import AdaptedTensor
 from wemoe_plugin.checkpoints.staging import clear_remains, staged_directory
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.card import model_card
@@ -59,9 +58,15 @@ def merge(
     """
     if plan.modules:
         _check_modules(plan)
-    made_from = _fingerprint(source, plan, device)
+    _spare_inputs(plan, out)
+    made_from = _fingerprint(source, plan, device, max_memory)
+    recipe = source.path.read_bytes()  # as it is now, whatever becomes of the file meanwhile
+    tasks = None if source.tasks_path is None else source.tasks_path.read_bytes()
     with staged_directory(out, force, doubt_output, made_from=made_from, resume=resume) as stage:
         work = stage.directory
+        for left in work.iterdir():  # of the run that is resumed, only the weights are gone on with
+            if left.name not in {file.name for file in plan.files}:
+                left.unlink()
         copy_companions(plan.base.checkpoint.path, work, _common_dtype(plan))
         with Journal(stage.journal) as journal:
             execute_plan(
@@ -78,26 +83,26 @@ def merge(
             _write_index(plan, work)
         if plan.modules:
             _write_upscaled(plan, work)
-        shutil.copyfile(source.path, work / "recipe.yaml")
-        if source.tasks_path is not None:
-            shutil.copyfile(source.tasks_path, work / "tasks.yaml")
-        text = source.path.read_text(encoding="utf-8")
-        (work / "README.md").write_text(model_card(plan, out.name, text), encoding="utf-8")
+        (work / "recipe.yaml").write_bytes(recipe)
+        if tasks is not None:
+            (work / "tasks.yaml").write_bytes(tasks)
+        (work / "README.md").write_text(model_card(plan, out.name, recipe.decode()), encoding="utf-8")
         places = {
             "recipe_directory": os.path.relpath(source.directory.resolve(), out.resolve()),
             "working_directory": os.path.relpath(source.fallback.resolve(), out.resolve()),
         }
-        write_manifest(work, {**places, "recipe_sha256": sha256_of(source.path)})
+        digest = hashlib.sha256(recipe).hexdigest()
+        write_manifest(work, {**places, "recipe_sha256": digest, "made_from": made_from})
 
 
-def is_merged(source: RecipeFile, out: Path) -> bool:
-    """Whether a directory is the whole output of this very recipe; what a killed run left beside it is removed then.
+def is_merged(source: RecipeFile, plan: MergePlan, out: Path, device: str, max_memory: int | None) -> bool:
+    """Whether a directory is the whole output of this very merge; what a killed run left beside it is removed then.
 
     Raises:
         PlanError: another process is making it.
     """
     try:
-        same = read_manifest(out).get("recipe_sha256") == sha256_of(source.path)
+        same = read_manifest(out).get("made_from") == _fingerprint(source, plan, device, max_memory)
     except CheckpointError:
         return False
     if same:
@@ -105,11 +110,20 @@ def is_merged(source: RecipeFile, out: Path) -> bool:
     return same
 
 
-def _fingerprint(source: RecipeFile, plan: MergePlan, device: str) -> str:
-    """Changes with whatever the output's bytes depend on."""
+def _fingerprint(source: RecipeFile, plan: MergePlan, device: str, max_memory: int | None) -> str:
+    """Changes with whatever the output's bytes depend on; LoRA changes round differently in ranges of other sizes."""
     text = source.path.read_bytes() + (b"" if source.tasks_path is None else source.tasks_path.read_bytes())
-    depends_on = (importlib.metadata.version("wemoe-plugin"), plan, device, sorted(plan.stamps.items()))
+    adapted = any(isinstance(s, AdaptedTensor) for operation in plan.operations for s in operation.sources)
+    limit = max_memory if adapted else None
+    depends_on = (package_versions(), plan, device, limit, sorted(plan.stamps.items()))
     return hashlib.sha256(text + repr(depends_on).encode()).hexdigest()
+
+
+def _spare_inputs(plan: MergePlan, out: Path) -> None:
+    target = out.resolve()
+    for file in plan.stamps:
+        if target in file.resolve().parents:
+            raise PlanError(f"{out}: holds {file.name}, an input of this merge; choose another --out")
 
 
 def _write_upscaled(plan: MergePlan, directory: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
 from wemoe_plugin.checkpoints.containment import file_in
 from wemoe_plugin.checkpoints.header import StoredTensor, read_header
+from wemoe_plugin.checkpoints.manifest import read_manifest
 from wemoe_plugin.errors import CheckpointError
 from wemoe_plugin.modeling.config import CONFIG_NAME, ROUTERS_NAME, ModuleConfig, WemoeConfig, read_config
 
@@ -57,6 +58,7 @@ def read_overview(directory: Path) -> Overview:
     Raises:
         CheckpointError: it is none, or is damaged.
     """
+    read_manifest(directory)
     checkpoint = open_checkpoint(directory)
     parameters = sum(tensor.elements for tensor in checkpoint.tensors.values())
     nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
