@@ -230,3 +230,23 @@ def test_an_earlier_output_that_was_being_replaced_comes_back(family: Path) -> N
     ):
         pass
     assert digest(family / "out") == before
+
+
+def test_a_finished_merge_is_not_taken_for_that_of_other_inputs(family: Path, command: Command) -> None:
+    assert command(family / "recipe.yaml", "--out", family / "out", "--quiet")[0] == 0
+    status, said, _ = command(family / "recipe.yaml", "--out", family / "out", "--resume")
+    assert (status, "merged already" in said) == (0, True)
+    changed(family / "e1" / "open_clip_model.safetensors")
+    status, _, err = command(family / "recipe.yaml", "--out", family / "out", "--resume")
+    assert status == 2
+    assert "exists; replace it with --force" in err
+
+
+def test_force_does_not_replace_an_input(family: Path, command: Command) -> None:
+    assert command(family / "recipe.yaml", "--out", family / "first", "--quiet")[0] == 0
+    (family / "second.yaml").write_text(RECIPE.replace("base_model: base", "base_model: first"))
+    before = tree(family)
+    status, _, err = command(family / "second.yaml", "--out", family / "first", "--force")
+    assert status == 2
+    assert "first: holds open_clip_model.safetensors, an input of this merge" in err
+    assert tree(family) == before

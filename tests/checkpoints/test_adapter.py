@@ -26,7 +26,7 @@ from wemoe_plugin.checkpoints.reference import open_reference
 from wemoe_plugin.checkpoints.sources import AdaptedTensor
 from wemoe_plugin.checkpoints.tensors import read_as, read_tensors
 from wemoe_plugin.errors import CheckpointError
-from wemoe_plugin.merging.memory import operation_memory
+from wemoe_plugin.merging.memory import fitting_chunk, operation_memory
 from wemoe_plugin.merging.plan import plan_merge
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.recipe.loading import load_recipe
@@ -275,3 +275,13 @@ def test_any_configuration_is_read_or_refused(
     message = refusal(check, CheckpointError)
     assert message is None or message.startswith(f"{directory / 'adapter'}: ")
     assert message is None or len(message.splitlines()) == 1
+
+
+def test_a_limit_on_memory_does_not_count_the_factors_for_every_element(tmp_path: Path) -> None:
+    adapt(LlamaForCausalLM(LLAMA), tmp_path, target_modules=["q_proj"])
+    (tmp_path / "recipe.yaml").write_text(
+        "base_model: base\nmodels: [{model: base+adapter}]\nmerge_method: task_arithmetic\n"
+    )
+    operations = plan_merge(load_recipe(tmp_path / "recipe.yaml")).operations
+    limit = max(operation_memory(operation, 100, "F32") for operation in operations)
+    assert fitting_chunk(operations, "F32", 1000, limit) == 100

@@ -166,3 +166,26 @@ def test_what_is_not_ours_is_not_removed(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"is in the way: it holds thesis\.tex, which is not ours"):
         write(tmp_path / "out", "new")
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_an_interrupt_between_the_renames_of_force_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    write(tmp_path / "out", "old")
+    before = tree(tmp_path)
+    rename, calls = Path.rename, 0
+
+    def interrupted(path: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        result = path if calls == moment == 2 else rename(path, target)
+        if calls == moment:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", "new", force=True)
+    monkeypatch.undo()
+    assert tree(tmp_path) == before

@@ -328,3 +328,17 @@ def test_every_operation_on_another_device(tmp_path: Path, device: str) -> None:
         for name in [name for name in state if name.endswith(".A")]:  # the signs of singular vectors are free
             state[name] = state.pop(f"{name.removesuffix('A')}B") @ state[name]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7FFF8000, 0x7F800001])
+def test_no_nan_is_rounded_to_a_number(tmp_path: Path, bits: int) -> None:
+    """Rounding to bfloat16 adds to the bits; those of some NaN would overflow to zero."""
+    open_clip_family(tmp_path)
+    path = tmp_path / "e1" / "open_clip_model.safetensors"
+    state = load_file(path)
+    state["visual.proj"].view(torch.int32).view(-1)[7] = bits
+    save_state(state, path)
+    plan = planned(tmp_path, "merge_method: task_arithmetic\nout_dtype: bfloat16\n")
+    assert all(is_plain(operation, plan.dtype) for operation in plan.operations)
+    with pytest.raises(CheckpointError, match=r"'visual\.proj' holds NaN"):
+        executed(plan, tmp_path / "out")

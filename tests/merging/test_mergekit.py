@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,20 @@ def test_the_base_is_averaged_in_where_mergekit_does(family: Path, tmp_path: Pat
     torch.testing.assert_close(found, theirs, rtol=1e-6, atol=1e-7)  # mergekit fuses products and sums
     (note,) = plan_merge(load_recipe(tmp_path / "ours" / "recipe.yaml")).notes
     assert "the base is averaged in as well" in note
+
+
+def test_an_expert_that_is_named_base_lends_its_weight_to_nobody(family: Path, tmp_path: Path) -> None:
+    shutil.copytree(family / "e0", tmp_path / "base")
+    content = recipe(family, "linear", THREE, True, {"weight": 0.5}, None)
+    content["models"][0] = {"model": str(tmp_path / "base"), "parameters": {"weight": 0.9}}
+    theirs, found = mergekits(content, tmp_path / "theirs"), ours(content, tmp_path / "ours")
+    torch.testing.assert_close(found, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_what_a_kernel_refuses_is_told_with_its_tensor(family: Path, tmp_path: Path) -> None:
+    content = recipe(family, "della", THREE, True, {"density": 0.9}, None)
+    with pytest.raises(PlanError, match=r"'.*' cannot be merged by della: Epsilon must be chosen"):
+        ours(content, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.random])

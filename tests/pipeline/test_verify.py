@@ -17,6 +17,7 @@ from wemoe_plugin.checkpoints.manifest import refresh_manifest
 from wemoe_plugin.merging.plan import plan_merge
 from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE
 from wemoe_plugin.pipeline.merge import merge
+from wemoe_plugin.pipeline.verify import _equal
 from wemoe_plugin.recipe.loading import load_recipe
 
 Command = Callable[..., tuple[int, str, str]]
@@ -109,3 +110,8 @@ def test_a_model_that_mixes_rows_is_seen(tmp_path: Path, command: Command, monke
     found = broken(command, out)
     assert "a row alone gives what it gives in a batch" in found
     assert "shuffled rows give the same" not in found
+
+
+def test_a_difference_that_is_no_number_is_a_difference() -> None:
+    seen = _equal("x", {"a": torch.ones(2)}, {"a": torch.tensor([1.0, float("nan")])})
+    assert not seen.kept
