@@ -16,6 +16,6 @@ def check_device(name: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).cpu()  # the device meta has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise WemoeError(f"--device {name}: cannot be used: {str(error).splitlines()[0]}") from None

@@ -13,7 +13,7 @@ from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
 from mergekit.merge_methods import ParameterScope, TensorGroup, registered_methods
-from models import fine_tuned
+from models import fine_tuned, save_state
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -196,6 +196,37 @@ def test_an_expert_that_is_named_base_lends_its_weight_to_nobody(family: Path, t
     content["models"][0] = {"model": str(tmp_path / "base"), "parameters": {"weight": 0.9}}
     theirs, found = mergekits(content, tmp_path / "theirs"), ours(content, tmp_path / "ours")
     torch.testing.assert_close(found, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_decompositions_of_half_precision_are_taken_in_float32(
+    family: Path, tmp_path: Path, method: str, dtype: str
+) -> None:
+    exact = ours(recipe(family, method, THREE, True, {}, None), tmp_path / "exact")
+    found = ours(recipe(family, method, THREE, True, {}, None) | {"dtype": dtype}, tmp_path / "half")
+    for name, values in exact.items():
+        assert found[name].dtype == getattr(torch, dtype)
+        torch.testing.assert_close(found[name].float(), values, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("base", "passthrough")])
+def test_every_method_takes_scalars(tmp_path: Path, method: str) -> None:
+    """CLIP keeps its temperature in one. DELLA ranks the elements of a row, which fails for one; the message says so."""
+    for k, name in enumerate(["base", "e0", "e1"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        save_state({"scale": torch.tensor(2.0 + k)}, tmp_path / name / "model.safetensors")
+    two = METHODS[method].inputs[1] == 2
+    content = recipe(tmp_path, method, ["e0"] if two else ["e0", "e1"], METHODS[method].base != "ignored", {}, None)
+    content["parameters"] = {"t": 0.5} if two else {"density": 0.5, "weight": 0.5}
+    if method.startswith("della"):
+        with pytest.raises(PlanError, match="'scale' cannot be merged by della"):
+            ours(content, tmp_path / "out")
+        return
+    merged = ours(content, tmp_path / "out")["scale"]
+    assert merged.shape == ()
+    assert 0 < float(merged) < 7
 
 
 def test_what_a_kernel_refuses_is_told_with_its_tensor(family: Path, tmp_path: Path) -> None:

@@ -88,6 +88,17 @@ def test_the_output_is_mergekits(family: Path, command: Command, text: str) -> N
     assert "exists; replace it with --force" in err
 
 
+def test_signs_in_a_path_are_part_of_it(family: Path, command: Command) -> None:
+    odd = family / "a+b@c d"
+    odd.mkdir()
+    for name in ("e0", "e1"):
+        (family / name).rename(odd / name)
+    (odd / "recipe.yaml").write_text(SLICES)
+    status, _, err = command(odd / "recipe.yaml", "--out", odd / "ours", "--quiet")
+    assert status == 0, err
+    LlamaForCausalLM.from_pretrained(odd / "ours")
+
+
 def test_the_plan_shows_the_models(family: Path, command: Command) -> None:
     (family / "recipe.yaml").write_text(SLICES)
     status, out, _ = command("plan", family / "recipe.yaml")

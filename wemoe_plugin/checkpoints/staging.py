@@ -148,7 +148,8 @@ def _locked(area: Path, path: Path) -> Iterator[None]:
         except OSError as error:
             raise PlanError(f"{path}: cannot be created: {error.strerror}") from None
         try:
-            if _lock(descriptor, path) and _is_at(descriptor, area):
+            _lock(descriptor, path)
+            if _is_at(descriptor, area):
                 yield
                 return
         finally:
@@ -156,14 +157,13 @@ def _locked(area: Path, path: Path) -> Iterator[None]:
     raise PlanError(f"{path}: cannot be created: its folder disappears again and again")
 
 
-def _lock(descriptor: int, path: Path) -> bool:
+def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise PlanError(f"{path}: another wemoe-merge is writing it; wait for it or choose another --out") from None
     except OSError:
         pass  # a file system without locks
-    return True
 
 
 def _is_at(descriptor: int, area: Path) -> bool:

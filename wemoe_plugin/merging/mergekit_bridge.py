@@ -77,9 +77,10 @@ class _SpectralMerge(GroupMergeMethod):  # type: ignore[misc]
         base: Tensor = group.base.tensor
         if not group.non_base:
             return base
+        stored, base = base.dtype, base.to(torch.promote_types(base.dtype, torch.float32))  # decompositions need it
         vectors = torch.stack([(entry.tensor - base) * parameters["weight"][entry.id] for entry in group.non_base])
         merged: Tensor = base + parameters["lambda"] * self.merge(vectors)
-        return merged
+        return merged.to(stored)
 
 
 def register_methods() -> None:
@@ -131,10 +132,13 @@ def run_recipe(recipe: WholeRecipe, directory: Path, options: Mapping[str, Any])
         RecipeError: mergekit does not accept the recipe.
         PlanError: mergekit cannot carry it out.
     """
+    import transformers
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
     register_methods()
+    if options.get("quiet"):
+        transformers.logging.set_verbosity_error()
     try:
         configuration = MergeConfiguration.model_validate(recipe.data)
     except (ValidationError, RuntimeError) as error:

@@ -261,7 +261,7 @@ class _Planner:
         weights = self._weights(models, output.name, rule)
         normalize = self.parameters.find("normalize", output.name, rule)
         divisor = sum(weights) if normalize in (None, True) else 1.0
-        if divisor == 0:
+        if abs(divisor) < 1e-8:
             raise PlanError(f"{output.name}: the weights of the models add up to 0; linear cannot normalize them")
         return Combine(output, Mixture(None, self._inputs(output.name, models), weights, divisor))
 

@@ -85,12 +85,12 @@ class TensorWorker:
     def _delegate(self, operation: Delegate) -> None:
         from wemoe_plugin.merging.mergekit_bridge import merge_tensors
 
-        shape, count = operation.output.shape, operation.output.elements
+        shape, count = operation.output.shape or (1,), operation.output.elements
         dtype = TORCH_DTYPE[operation.dtype]
         tensors = [self._read(source, 0, count, dtype).view(shape) for source in operation.inputs]
         try:
             merged = merge_tensors(operation, tensors)
-        except (ValueError, RuntimeError, ArithmeticError) as error:
+        except Exception as error:  # kernels raise anything
             raise PlanError(f"{operation.output.name!r} cannot be merged by {operation.method}: {error}") from error
         self._store(operation.output, 0, merged.reshape(-1))
 

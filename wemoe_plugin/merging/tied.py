@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from wemoe_plugin.checkpoints.checkpoint import Checkpoint
 from wemoe_plugin.checkpoints.sources import Source
 
 _EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_BIASES = ("predictions.bias",)
 _COPIES = (
     *("lm_head.weight", "embed_out.weight", "predictions.decoder.weight", "vocab_projector.weight"),
+    *("predictions.decoder.bias",),
     *("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
 )
 
@@ -39,7 +42,7 @@ def tie(expert: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, list[Twins], 
         if original is not None:
             twins.append(Twins(tensors[original], tensors.pop(name)))
             notes.append(f"{name} is left out: the base ties it to {original}")
-    if all(model.config.get("tie_word_embeddings") is not False for model in (expert, base)):
+    if not any(_denies(model.config) for model in (expert, base)):
         for name in [name for name in base.tensors if name not in tensors and name.endswith(_COPIES)]:
             original = _original(name, {**tensors, name: base.tensors[name]}, base.tensors)
             if original is not None:
@@ -49,12 +52,17 @@ def tie(expert: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, list[Twins], 
     return replace(expert, tensors=tensors), twins, notes
 
 
+def _denies(config: Mapping[str, Any]) -> bool:
+    parts = (config, config.get("text_config"))
+    return any(isinstance(part, Mapping) and part.get("tie_word_embeddings") is False for part in parts)
+
+
 def _original(copy: str, tensors: Mapping[str, Source], base: Mapping[str, Source]) -> str | None:
     """The embedding, held by the expert and by the base, that a tensor can be a copy of."""
     shape = tensors[copy].shape
     fitting: Iterable[str] = (
         name
-        for suffix in _EMBEDDINGS
+        for suffix in (*_EMBEDDINGS, *_BIASES)
         for name in tensors
         if name.endswith(suffix) and name != copy and name in base and tensors[name].shape == shape
     )

@@ -53,7 +53,7 @@ def read_whole_recipe(path: Path, fallback: Path = Path()) -> WholeRecipe | None
     source = read_yaml(path)
     if not isinstance(source.data, dict):
         return None
-    keys = tuple(key for key in WHOLE_KEYS if key in source.data)
+    keys = tuple(key for key in WHOLE_KEYS if source.data.get(key) is not None)
     if not keys:
         return None
     problems = [
@@ -66,14 +66,24 @@ def read_whole_recipe(path: Path, fallback: Path = Path()) -> WholeRecipe | None
     for place, text in list(_references(source.data, ())):
         parts = [_resolved(part, path.parent, fallback) for part in text.split("+")]
         resolved = "+".join(parts)
-        if not all(os.path.lexists(part.partition("@")[0]) or _HUB_ID.fullmatch(part) for part in parts):
+        there = [os.path.lexists(part) or os.path.lexists(part.rpartition("@")[0]) for part in parts]
+        if not all(found or _HUB_ID.fullmatch(part) for found, part in zip(there, parts, strict=True)):
             problems.append(f"{source.where(place)}: {text!r}: no such directory or file")
         if place[-1] in ("model", "base_model"):
             models[resolved] = None
-        data = _replaced(data, place, resolved)
+        data = _replaced(data, place, resolved if place[-1] in ("path", "lora") else _reference(parts))
     if problems:
         raise RecipeError("\n".join(problems))
     return WholeRecipe(path, _text(source), data, keys, tuple(models))
+
+
+def _reference(parts: list[str]) -> dict[str, Any]:
+    """mergekit's own form of a model, which it does not take apart again at signs that may be part of a path."""
+    paths = []
+    for part in parts:
+        name, _, revision = (part, "", "") if os.path.lexists(part) else part.partition("@")
+        paths.append({"path": name, **({"revision": revision} if revision else {})})
+    return {"model": paths[0], **({"lora": paths[1]} if len(paths) > 1 else {})}
 
 
 def _text(source: YamlSource) -> str:
@@ -100,7 +110,7 @@ def _resolved(part: str, directory: Path, fallback: Path) -> str:
     return f"{found.resolve()}{mark}{revision}" if name and os.path.lexists(found) else part
 
 
-def _replaced(value: Any, place: Location, new: str) -> Any:
+def _replaced(value: Any, place: Location, new: Any) -> Any:
     if not place:
         return new
     copied: Any = dict(value) if isinstance(value, dict) else list(value)
