@@ -212,7 +212,7 @@ def test_decompositions_of_half_precision_are_taken_in_float32(
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("base", "passthrough")])
 def test_every_method_takes_scalars(tmp_path: Path, method: str) -> None:
-    """CLIP keeps its temperature in one. DELLA ranks the elements of a row, which fails for one; the message says so."""
+    """CLIP keeps its temperature in one. DELLA ranks the elements of a row, which fails for one, and says so."""
     for k, name in enumerate(["base", "e0", "e1"]):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
