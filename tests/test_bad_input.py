@@ -170,7 +170,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit(d / "recipe.yaml", ("base_model: models/base", "base_model: openai/clip-vit-base-patch32")),
         "no such directory or file, and the hub has no openai/clip-vit-base-patch32",
     ),
-    "a method with too many models": (
+    "an unknown method": (
         lambda d: edit(d / "recipe.yaml", ("merge_method: task_arithmetic", "merge_method: model_stok")),
         "DIR/recipe.yaml:10: merge_method: unknown merge method 'model_stok'; did you mean 'model_stock'?",
     ),

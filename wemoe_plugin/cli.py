@@ -142,8 +142,8 @@ def merge_command(
 
         check_engine(engine)
     if (whole := _whole(recipe)) is not None:
-        if limit is not None or resume or engine != "threads":
-            unknown = "no --max-memory, no --resume and no --engine"
+        if limit is not None or resume or engine != "threads" or jobs is not None:
+            unknown = "no --max-memory, no --resume, no --engine and no --jobs"
             raise WemoeError(f"{recipe}: mergekit carries out such a recipe; it knows {unknown}")
         target = out if out is not None else Path("merged") / recipe.stem
         _merge_whole(whole, target, say, timings, force=force, device=device, shard=shard_size, seed=seed or 0)

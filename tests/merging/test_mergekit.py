@@ -134,7 +134,8 @@ def test_deterministic_methods_give_mergekits_tensors(family: Path, tmp_path: Pa
     found = ours(content, tmp_path / "ours")
     assert found.keys() == theirs.keys()
     if case in LAST_BIT:
-        torch.testing.assert_close(found, theirs, rtol=2e-5, atol=2e-6)
+        rtol = 3e-7 if "normalized" in case else 2e-5
+        torch.testing.assert_close(found, theirs, rtol=rtol, atol=rtol / 10)
     else:
         assert [name for name in theirs if not torch.equal(found[name], theirs[name])] == []
 

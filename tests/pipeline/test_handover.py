@@ -135,8 +135,9 @@ def test_what_does_not_fit_leaves_nothing(family: Path, command: Command, text: 
     assert tree(family) == before
 
 
-def test_what_mergekit_cannot_do_is_not_silently_dropped(family: Path, command: Command) -> None:
+@pytest.mark.parametrize("options", [["--max-memory", "1GiB"], ["--resume"], ["--jobs", "1"]])
+def test_what_mergekit_cannot_do_is_not_silently_dropped(family: Path, command: Command, options: list[str]) -> None:
     (family / "recipe.yaml").write_text(SLICES)
-    status, _, err = command(family / "recipe.yaml", "--max-memory", "1GiB")
+    status, _, err = command(family / "recipe.yaml", *options)
     assert status == 2
     assert "it knows no --max-memory" in err

@@ -21,7 +21,6 @@ def merge_whole(
     device: str = "cpu",
     shard_bytes: int = 5_000_000_000,
     seed: int = 0,
-    quiet: bool = True,
 ) -> None:
     """Let mergekit carry out a recipe; the output directory appears whole or not at all.
 
@@ -32,7 +31,6 @@ def merge_whole(
         device: where the arithmetic is done, a name of torch's.
         shard_bytes: the largest weights file to write.
         seed: of the methods that draw numbers.
-        quiet: show no progress.
 
     Raises:
         RecipeError: mergekit does not accept the recipe.
@@ -48,7 +46,7 @@ def merge_whole(
                 "device": device,
                 "out_shard_size": shard_bytes,
                 "random_seed": seed,
-                "quiet": quiet,
+                "quiet": True,
                 "lora_merge_cache": adapters,
             },
         )
