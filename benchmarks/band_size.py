@@ -25,15 +25,14 @@ def main() -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     layers = [
-        (torch.randn(BATCH, TOKENS, i), torch.randn(o, i), torch.randn(EXPERTS, o, i))
-        for i, o in ((WIDTH, HIDDEN), (HIDDEN, WIDTH))
+        (torch.randn(BATCH, TOKENS, i), torch.randn(1 + EXPERTS, o, i)) for i, o in ((WIDTH, HIDDEN), (HIDDEN, WIDTH))
     ]
     offsets = torch.randn(BATCH, EXPERTS)
 
     def banded(megabytes: int) -> Callable[[], list[Tensor]]:
-        return lambda: [apply_dense(x, offsets, w, v, megabytes << 20) for x, w, v in layers]
+        return lambda: [apply_dense(x, offsets, stack, megabytes << 20) for x, stack in layers]
 
-    variants: dict[str, Callable[[], list[Tensor]]] = {"plain": lambda: [F.linear(x, w) for x, w, _ in layers]}
+    variants: dict[str, Callable[[], list[Tensor]]] = {"plain": lambda: [F.linear(x, stack[0]) for x, stack in layers]}
     variants |= {f"{megabytes} MiB": banded(megabytes) for megabytes in (1, 2, 4, 8, 16, 32, 64, 128, 256)}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     with torch.inference_mode():

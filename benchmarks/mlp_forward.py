@@ -22,6 +22,7 @@ from machine import describe_machine
 from reference import wemoe_forward  # type: ignore[import-not-found]
 
 from wemoe_plugin.modeling.ensembled_linear import EnsembledLinear, Routing
+from wemoe_plugin.modeling.forms import DenseForm, Form, LowRankForm
 from wemoe_plugin.modeling.router import Router
 from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE
 from wemoe_plugin.task_vectors.low_rank import truncated_svd
@@ -50,13 +51,12 @@ def upscale(base: Mlp, experts: list[Mlp], rank: int | None) -> WeightEnsembling
         target = getattr(static, name)
         target.weight.data = layer.weight.detach() + 0.3 * vectors.sum(0)
         target.bias.data = layer.bias.detach() + 0.3 * biases.sum(0)
-        if rank is None:
-            replacement = EnsembledLinear(target, routing, vectors, None, biases)
-        else:
+        form: Form = DenseForm(target.weight, target.bias, vectors, biases)
+        if rank is not None:
             pairs = [truncated_svd(vector, rank) for vector in vectors]
-            factors = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
-            replacement = EnsembledLinear(target, routing, None, factors, biases)
-        setattr(static, name, replacement)
+            down, up = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
+            form = LowRankForm(target.weight, target.bias, down, up, [rank] * len(own), biases)
+        setattr(static, name, EnsembledLinear(form, routing))
     router = Router(width, len(experts), 2, lambdas)
     nn.init.normal_(router.output.weight, 0.0, 0.01)  # type: ignore[union-attr]
     return WeightEnsemblingMoE(static, router, lambdas, routing)

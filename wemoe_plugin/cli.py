@@ -31,6 +31,7 @@ from wemoe_plugin.errors import WemoeError
 
 if TYPE_CHECKING:
     from wemoe_plugin.merging.plan import MergePlan
+    from wemoe_plugin.merging.survey import Loss
     from wemoe_plugin.pipeline.workbench import Workbench
     from wemoe_plugin.recipe.loading import RecipeFile
     from wemoe_plugin.recipe.schema import TuningSpec
@@ -206,9 +207,13 @@ def plan_command(
         int | None, typer.Option(min=1, help="Threads the merge would use; default all processors.")
     ] = None,
     shard_size: ShardOption = "5GB",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Read the task vectors: choose ranks, show what compression loses.")
+    ] = False,
+    device: DeviceOption = "cpu",
     json: JsonOption = False,
 ) -> None:
-    """Show what a merge would do, from the files' headers alone: no tensor is read, nothing is written."""
+    """Show what a merge would do, from the files' headers alone (unless told to measure); nothing is written."""
     if (whole := _whole(recipe)) is not None:
         from wemoe_plugin.pipeline.handover import whole_lines
 
@@ -218,16 +223,23 @@ def plan_command(
         else:
             typer.echo("\n".join(lines))
         return
-    _, plan = _planned(recipe, shard_size)
+    source, plan = _planned(recipe, shard_size)
     from wemoe_plugin.merging.memory import available_processors, peak_memory
     from wemoe_plugin.merging.plan_table import plan_json, plan_lines
 
     jobs = jobs or available_processors()
+    lost: list[Loss] = []
+    if measure:
+        from wemoe_plugin.merging.survey import losses, settle
+
+        check_device(device)
+        plan = settle(source, plan, jobs=jobs, device=device)
+        lost = losses(plan, jobs=jobs, device=device)
     peak = peak_memory(plan.operations, plan.dtype, jobs)
     if json:
-        print_json(plan_json(plan, peak))
+        print_json(plan_json(plan, peak, lost))
         return
-    for line in plan_lines(plan, peak, jobs, format_size):
+    for line in plan_lines(plan, peak, jobs, format_size, lost):
         typer.echo(line)
 
 

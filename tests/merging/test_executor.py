@@ -18,7 +18,7 @@ from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging import executor, tensor_worker, work
 from wemoe_plugin.merging.executor import execute_plan
 from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, is_plain, operation_memory, piece_memory
-from wemoe_plugin.merging.operations import Upscale
+from wemoe_plugin.merging.operations import Compress
 from wemoe_plugin.merging.plan import MergePlan, plan_merge
 from wemoe_plugin.recipe.loading import load_recipe
 from wemoe_plugin.task_vectors.low_rank import truncated_svd
@@ -90,16 +90,19 @@ def test_low_rank_task_vectors_are_the_best_of_their_rank(tmp_path: Path) -> Non
     states = [model.state_dict() for model in open_clip_family(tmp_path)]
     rule = "{match: visual.**.mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 5}}}"
     written = executed(planned(tmp_path, f"merge_method: task_arithmetic\nrules: [{rule}]\n"), tmp_path / "out")
-    downs = [name for name in written if name.endswith(".A")]
+    downs = [name for name in written if name.endswith(".down")]
     assert len(downs) == 4
     for name in downs:
-        own = name.removesuffix(".task_vectors.A")
-        a, b = written[name], written[f"{own}.task_vectors.B"]
+        own = name.removesuffix(".task_vectors.down")
+        downs_of, ups_of = (written[f"{own}.task_vectors.{part}"].split(5) for part in ("down", "up"))
         for k, state in enumerate(states[1:]):
             vector = (state[own] - states[0][own]).double()
             left, values, right = torch.linalg.svd(vector, full_matrices=False)
             best = left[:, :5] * values[:5] @ right[:5]
-            torch.testing.assert_close((b[k] @ a[k]).double(), best, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close((ups_of[k].T @ downs_of[k]).double(), best, rtol=1e-4, atol=1e-6)
+            norm, dropped = written[f"{own}.task_vectors.norms"][k]
+            assert float(norm) == pytest.approx(float(vector.norm()))
+            assert float(dropped) == pytest.approx(float((vector - best).norm()))
 
 
 def test_threads_and_ranges_change_no_byte(tmp_path: Path) -> None:
@@ -266,10 +269,10 @@ def test_a_failure_ends_the_work_of_all_threads(tmp_path: Path, monkeypatch: pyt
 def test_the_predicted_memory_covers_a_decomposition(tmp_path: Path) -> None:
     open_clip_family(tmp_path)
     plan = planned(tmp_path, LOW_RANK)
-    upscale = next(o for o in plan.operations if isinstance(o, Upscale) and o.rank)
-    rows, columns = upscale.output.shape
+    compress = next(o for o in plan.operations if isinstance(o, Compress))
+    rows, columns = compress.output.shape
     in_float64 = 8 * (rows * columns + min(rows, columns) ** 2)
-    assert operation_memory(upscale, rows * columns, "F32") > in_float64 + 4 * rows * columns
+    assert operation_memory(compress, rows * columns, "F32") > in_float64 + 4 * rows * columns
 
 
 @pytest.mark.parametrize("value", [1e5, -1e5])
@@ -325,8 +328,8 @@ def test_every_operation_on_another_device(tmp_path: Path, device: str) -> None:
     expected = executed(plan, tmp_path / "here")
     found = executed(plan, tmp_path / "there", device=device)
     for state in (expected, found):
-        for name in [name for name in state if name.endswith(".A")]:  # the signs of singular vectors are free
-            state[name] = state.pop(f"{name.removesuffix('A')}B") @ state[name]
+        for name in [name for name in state if name.endswith(".down")]:  # the signs of singular vectors are free
+            state[name] = state.pop(f"{name.removesuffix('down')}up").T @ state[name]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 

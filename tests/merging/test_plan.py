@@ -104,11 +104,13 @@ def test_what_an_upscaled_module_stores(tmp_path: Path) -> None:
     vectors = {name: shape for layer in module.layers for name, shape in layer.vectors}
     path = "visual.transformer.resblocks.0.mlp"
     assert vectors == {
-        f"{path}.c_fc.weight.task_vectors.A": (2, 32, 32),
-        f"{path}.c_fc.weight.task_vectors.B": (2, 128, 32),
+        f"{path}.c_fc.weight.task_vectors.down": (64, 32),
+        f"{path}.c_fc.weight.task_vectors.up": (64, 128),
+        f"{path}.c_fc.weight.task_vectors.norms": (2, 2),
         f"{path}.c_fc.bias.task_vectors": (2, 128),
-        f"{path}.c_proj.weight.task_vectors.A": (2, 32, 128),
-        f"{path}.c_proj.weight.task_vectors.B": (2, 32, 32),
+        f"{path}.c_proj.weight.task_vectors.down": (64, 128),
+        f"{path}.c_proj.weight.task_vectors.up": (64, 32),
+        f"{path}.c_proj.weight.task_vectors.norms": (2, 2),
         f"{path}.c_proj.bias.task_vectors": (2, 32),
     }
     assert module.router.parameters == 32 * 32 + 32 + 32 * 2 + 2

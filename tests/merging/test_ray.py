@@ -21,7 +21,7 @@ from wemoe_plugin.merging import ray_engine
 from wemoe_plugin.merging.executor import execute_plan
 from wemoe_plugin.merging.journal import Journal
 from wemoe_plugin.merging.memory import peak_memory
-from wemoe_plugin.merging.operations import Combine, Delegate, Upscale
+from wemoe_plugin.merging.operations import Combine, Compress, Delegate, Upscale
 from wemoe_plugin.merging.plan import MergePlan, plan_merge
 from wemoe_plugin.merging.work import pieces
 from wemoe_plugin.recipe.loading import load_recipe
@@ -65,7 +65,7 @@ def executed(plan: MergePlan, out: str, **options: Any) -> dict[str, bytes]:
 
 
 def test_a_cluster_writes_the_bytes_that_threads_write(ray: Any, plan: MergePlan) -> None:
-    assert {type(operation) for operation in plan.operations} == {Combine, Delegate, Upscale}
+    assert {type(operation) for operation in plan.operations} == {Combine, Compress, Delegate, Upscale}
     assert not plan.operations[0].sources[0].file.is_absolute()
     seen: list[int] = []
     merged = executed(plan, "ray", engine="ray", chunk_elements=300, progress=seen.append)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wemoe_plugin.modeling.composition import apply_dense
 from wemoe_plugin.modeling.ensembled_linear import EnsembledLinear, Routing
+from wemoe_plugin.modeling.forms import DenseForm, Form, LowRankForm, SparseForm
 from wemoe_plugin.modeling.router import Router
 from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, freeze_all_but_routers
 from wemoe_plugin.task_vectors.low_rank import truncated_svd
@@ -30,23 +31,38 @@ def family(experts: int, dtype: torch.dtype = torch.float32) -> tuple[Mlp, list[
     return base, [fine_tuned(base, seed, 0.2) for seed in range(experts)]
 
 
+def form_of(kind: str, linear: nn.Linear, vectors: Tensor, biases: Tensor | None) -> Form:
+    """A form that keeps task vectors exactly: of full rank, of full density."""
+    weight, bias = linear.weight, linear.bias
+    if kind == "dense":
+        return DenseForm(weight, bias, vectors, biases)
+    if kind == "sparse":
+        entries = torch.arange(weight.numel(), dtype=torch.int32).expand(len(vectors), -1).contiguous()
+        return SparseForm(weight, bias, vectors.flatten(1).clone(), entries, biases)
+    pairs = [truncated_svd(vector, min(weight.shape)) for vector in vectors]
+    down, up = (torch.cat(factors).to(weight.dtype) for factors in zip(*pairs, strict=True))
+    return LowRankForm(weight, bias, down, up, [min(weight.shape)] * len(vectors), biases)
+
+
 def upscaled(
-    base: nn.Module, experts: Sequence[nn.Module], depth: int = 2, rank: int | None = None, lam: float = 0.3
+    base: nn.Module,
+    experts: Sequence[nn.Module],
+    depth: int = 2,
+    form: str = "dense",
+    lam: float = 0.3,
+    per_token: bool = False,
 ) -> WeightEnsemblingMoE:
-    """The module as `attach` builds it; ``rank`` min(WIDTH, HIDDEN) makes the low-rank form exact."""
+    """The module as `attach` builds it."""
     lambdas, routing = [lam] * len(experts), Routing()
     static = composed(base, experts, lambdas)
     for name in ("fc1", "fc2"):
         layer, own = getattr(base, name), [getattr(expert, name) for expert in experts]
         vectors = torch.stack([e.weight - layer.weight for e in own]).detach()
         biases = torch.stack([e.bias - layer.bias for e in own]).detach()
-        factors = None
-        if rank is not None:
-            pairs = [truncated_svd(vector, rank) for vector in vectors]
-            factors = tuple(torch.stack(f).to(layer.weight.dtype) for f in zip(*pairs, strict=True))
-        dense = vectors if rank is None else None
-        setattr(static, name, EnsembledLinear(getattr(static, name), routing, dense, factors, biases))
-    router = Router(WIDTH, len(experts), depth, lambdas, torch.Generator().manual_seed(1)).to(base.fc1.weight.dtype)
+        target = getattr(static, name)
+        setattr(static, name, EnsembledLinear(form_of(form, target, vectors, biases), routing))
+    generator = torch.Generator().manual_seed(1)
+    router = Router(WIDTH, len(experts), depth, lambdas, generator, per_token).to(base.fc1.weight.dtype)
     return WeightEnsemblingMoE(static, router, lambdas, routing).to(base.fc1.weight.dtype)
 
 
@@ -74,16 +90,17 @@ class Fixed(nn.Module):
         return self.weights.expand(x.shape[0], -1)
 
 
-forms = pytest.mark.parametrize("rank", [None, min(WIDTH, HIDDEN)], ids=["dense", "low_rank"])
+FORMS = ["dense", "low_rank", "sparse"]
+forms = pytest.mark.parametrize("form", FORMS)
 depths = pytest.mark.parametrize("depth", [0, 1, 2])
 
 
 @forms
 @depths
 @pytest.mark.parametrize("experts", [1, 3])
-def test_agrees_with_the_reference(rank: int | None, depth: int, experts: int) -> None:
+def test_agrees_with_the_reference(form: str, depth: int, experts: int) -> None:
     base, own = family(experts)
-    module, x = stirred(upscaled(base, own, depth, rank)), batch()
+    module, x = stirred(upscaled(base, own, depth, form)), batch()
     weights = module.router(x)
     assert weights.std(0).max() > 1e-2 or depth == 0
     torch.testing.assert_close(module(x), wemoe_forward(base, own, weights, x), rtol=0, atol=1e-5)
@@ -115,17 +132,17 @@ def test_a_fresh_router_gives_lambda_and_its_hidden_layer_is_drawn_as_in_the_pap
 
 
 @forms
-def test_freshly_upscaled_it_is_the_static_merge(rank: int | None) -> None:
+def test_freshly_upscaled_it_is_the_static_merge(form: str) -> None:
     base, own = family(3)
-    module, x = upscaled(base, own, rank=rank), batch()
+    module, x = upscaled(base, own, form=form), batch()
     assert torch.equal(module.router(x) - module.lambdas, torch.zeros(BATCH, 3))
     torch.testing.assert_close(module(x), composed(base, own, [0.3] * 3)(x), rtol=0, atol=1e-6)
 
 
 @forms
-def test_one_hot_routing_recovers_each_expert(rank: int | None) -> None:
+def test_one_hot_routing_recovers_each_expert(form: str) -> None:
     base, own = family(3)
-    module, x = upscaled(base, own, rank=rank), batch()
+    module, x = upscaled(base, own, form=form), batch()
     for k, expert in enumerate(own):
         module.router = Fixed(torch.eye(3)[k])
         torch.testing.assert_close(module(x), expert(x), rtol=0, atol=1e-5)
@@ -134,10 +151,10 @@ def test_one_hot_routing_recovers_each_expert(rank: int | None) -> None:
 
 
 @forms
-def test_a_row_alone_equals_the_row_in_its_batch(rank: int | None) -> None:
+def test_a_row_alone_equals_the_row_in_its_batch(form: str) -> None:
     """In float64: sums of other shapes are rounded otherwise, and nothing but rounding may differ."""
     base, own = family(3, torch.float64)
-    module, x = stirred(upscaled(base, own, rank=rank)), batch(torch.float64)
+    module, x = stirred(upscaled(base, own, form=form)), batch(torch.float64)
     together = module(x)
     for b in range(BATCH):
         torch.testing.assert_close(module(x[b : b + 1])[0], together[b], rtol=0, atol=1e-12)
@@ -170,31 +187,33 @@ def linear(experts: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor
 
 def test_a_layer_is_linear_in_its_offsets() -> None:
     x, offsets, weight, vectors = linear()
-    plain = x @ weight.T
-    one = apply_dense(x, offsets, weight, vectors) - plain
-    three = apply_dense(x, 3 * offsets, weight, vectors) - plain
+    stack, plain = torch.cat([weight[None], vectors]), x @ weight.T
+    one = apply_dense(x, offsets, stack) - plain
+    three = apply_dense(x, 3 * offsets, stack) - plain
     torch.testing.assert_close(three, 3 * one)
 
 
 @pytest.mark.parametrize("working_bytes", [1, 1500, 10**9])
 def test_the_working_memory_changes_no_value(working_bytes: int) -> None:
     x, offsets, weight, vectors = linear()
+    stack = torch.cat([weight[None], vectors])
     expected = torch.stack([x[b] @ (weight + torch.einsum("k,koi->oi", offsets[b], vectors)).T for b in range(BATCH)])
-    torch.testing.assert_close(apply_dense(x, offsets, weight, vectors, working_bytes), expected)
+    torch.testing.assert_close(apply_dense(x, offsets, stack, working_bytes), expected)
 
 
 @pytest.mark.parametrize("working_bytes", [1500, 10**9])
 def test_gradients_of_a_dense_layer(working_bytes: int) -> None:
     x, offsets, weight, vectors = linear()
+    stack = torch.cat([weight[None], vectors])
     x.requires_grad_(True), offsets.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda a, b: apply_dense(a, b, weight, vectors, working_bytes), (x, offsets))
+    assert torch.autograd.gradcheck(lambda a, b: apply_dense(a, b, stack, working_bytes), (x, offsets))
 
 
 @forms
 @depths
-def test_gradients_agree_with_autograd_through_the_composed_weights(rank: int | None, depth: int) -> None:
+def test_gradients_agree_with_autograd_through_the_composed_weights(form: str, depth: int) -> None:
     base, own = family(2, torch.float64)
-    module, x = stirred(upscaled(base, own, depth, rank)), batch(torch.float64).requires_grad_(True)
+    module, x = stirred(upscaled(base, own, depth, form)), batch(torch.float64).requires_grad_(True)
     target = torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64)
 
     def by_hand(h: Tensor) -> Tensor:
@@ -228,17 +247,17 @@ def test_gradients_reach_the_routers_only() -> None:
 
 @pytest.mark.parametrize("shape", [(BATCH, WIDTH), (BATCH, 2, 3, WIDTH)], ids=["no tokens", "a grid of tokens"])
 @forms
-def test_any_number_of_axes_between_batch_and_width(shape: tuple[int, ...], rank: int | None) -> None:
+def test_any_number_of_axes_between_batch_and_width(shape: tuple[int, ...], form: str) -> None:
     base, own = family(2)
-    module, x = stirred(upscaled(base, own, rank=rank)), torch.randn(shape)
+    module, x = stirred(upscaled(base, own, form=form)), torch.randn(shape)
     flat = x.reshape(BATCH, -1, WIDTH)
     torch.testing.assert_close(module(x).reshape(flat.shape), module(flat), rtol=0, atol=1e-6)
 
 
 @forms
-def test_an_empty_batch_gives_an_empty_result(rank: int | None) -> None:
+def test_an_empty_batch_gives_an_empty_result(form: str) -> None:
     base, own = family(2)
-    assert upscaled(base, own, rank=rank)(batch()[:0]).shape == (0, TOKENS, WIDTH)
+    assert upscaled(base, own, form=form)(batch()[:0]).shape == (0, TOKENS, WIDTH)
 
 
 def test_a_module_that_mixes_batch_and_tokens_is_refused() -> None:
@@ -316,10 +335,10 @@ def test_to_another_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(result.float(), expected, rtol=0.1, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("rank", [None, WIDTH])
-def test_autocast_gives_nearly_the_same_values_and_gradients(rank: int | None) -> None:
+@forms
+def test_autocast_gives_nearly_the_same_values_and_gradients(form: str) -> None:
     base, experts = family(3)
-    module = stirred(upscaled(base, experts, rank=rank))
+    module = stirred(upscaled(base, experts, form=form))
     parameters = freeze_all_but_routers(module)
     x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3))
     results = []

@@ -111,7 +111,7 @@ def test_reports_all_problems_at_once_by_line(tmp_path: Path) -> None:
             "    merge_method: karcher\n    parameters: {max_iter: 1.5}",
             "recipe.yaml:18: rules[1].parameters.max_iter: expected a whole number",
         ),
-        ("form: low_rank, rank: 16", "form: low_rank", "form low_rank needs a rank"),
+        ("form: low_rank, rank: 16", "form: low_rank", "form low_rank needs one of rank: 16, energy: 0.95 and max_par"),
         ("form: low_rank, rank: 16", "rank: 16", "rank is for form: low_rank"),
         ("match: mlp", "match: layers..mlp", "recipe.yaml:11: rules[0].match: 'layers..mlp' has an empty component"),
         ("match: mlp", "match: 'layers.[5-1]'", "[5-1] in 'layers.[5-1]' is not a range of numbers"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from wemoe_plugin.checkpoints.checkpoint import Checkpoint
 from wemoe_plugin.checkpoints.containment import file_in
+from wemoe_plugin.checkpoints.conv1d import stores_transposed
 from wemoe_plugin.checkpoints.header import StoredTensor, read_header
 from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
 from wemoe_plugin.errors import CheckpointError
@@ -29,8 +30,6 @@ _UNDERSTOOD = (
 """Fields of PEFT's configuration that change nothing about s·B·A, or that are followed here."""
 
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Models of transformers whose layers store their weights as (in, out), whatever the configuration says."""
 
 _FACTORS = {
     "lora_A.weight": ("A", "weight"),
@@ -73,7 +72,7 @@ def apply_adapter(base: Checkpoint, adapter: Path) -> Checkpoint:
             if name not in tensors:
                 raise CheckpointError(f"{weights}: nothing uses {key!r}; the base has no {name!r}")
             tensors[name] = _replaced(weights, tensors[name], tensor)
-    stored_transposed = config.fan_in_fan_out or base.config.get("model_type") in _CONV1D_MODELS
+    stored_transposed = config.fan_in_fan_out or stores_transposed(base.config)
     for name, factors in changes.items():
         tensors[name] = _adapted(weights, name, modules[name], factors, tensors, config, stored_transposed)
     return replace(base, tensors=tensors, adapter=adapter)

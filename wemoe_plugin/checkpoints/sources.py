@@ -57,3 +57,19 @@ class AdaptedTensor:
 
 Source = StoredTensor | AdaptedTensor
 """Whatever a merge can read by ranges."""
+
+
+def is_change_of(source: Source, base: Source) -> bool:
+    """Whether a source is a base's tensor with a LoRA change on top, which then is the whole task vector."""
+    if not isinstance(source, AdaptedTensor) or len(source.shape) != 2:
+        return False
+    return is_same(source.stored, base)
+
+
+def is_same(source: Source, base: Source) -> bool:
+    """Whether both are one tensor in one file."""
+    if not (isinstance(source, StoredTensor) and isinstance(base, StoredTensor)):
+        return False
+    return (source.offset, source.shape, source.dtype) == (base.offset, base.shape, base.dtype) and (
+        source.file == base.file or source.file.resolve() == base.file.resolve()
+    )

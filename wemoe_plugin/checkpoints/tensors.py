@@ -59,6 +59,16 @@ def read_stored(reader: RangeReader, source: Source, start: int, count: int, dty
     return read_as(reader, source, start, count, dtype)
 
 
+def read_factors(reader: RangeReader, source: AdaptedTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A LoRA change as factors of the weight as it is stored: (rank, columns) and (rank, rows), change = upᵀ down."""
+    rank = source.down.shape[0]
+    down = read(reader, source.down, 0, source.down.elements).to(dtype).view(rank, -1)
+    up = read(reader, source.up, 0, source.up.elements).to(dtype).view(-1, rank).T
+    if source.transposed:
+        return up * source.scale, down
+    return down, up * source.scale
+
+
 def _change(reader: RangeReader, source: AdaptedTensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Rows of s·B·A or of its transpose, (rows, the rest)."""
     rank = source.down.shape[0]

@@ -14,10 +14,10 @@ def routing_means(routers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[f
     """Collect the mean output of modules during some forward passes.
 
     Args:
-        routers: each gives weights (batch, experts); named by the module it routes.
+        routers: each gives weights (batch, experts) or (batch, tokens, experts); named by the module it routes.
 
     Yields:
-        A dictionary that holds the mean over all samples, one number per expert, once the context ends.
+        A dictionary that holds the mean over all samples (and tokens), one number per expert, once the context ends.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = dict.fromkeys(routers, 0)
@@ -25,9 +25,9 @@ def routing_means(routers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[f
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, weights: Tensor) -> None:
-            total = weights.detach().double().sum(0)
-            sums[name] = sums[name] + total if name in sums else total
-            counts[name] += weights.shape[0]
+            each = weights.detach().double().flatten(0, -2)
+            sums[name] = sums[name] + each.sum(0) if name in sums else each.sum(0)
+            counts[name] += len(each)
 
         return hook
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor
 from wemoe_plugin.checkpoints.sources import AdaptedTensor
-from wemoe_plugin.merging.operations import Combine, Copy, Delegate, Operation, Upscale
+from wemoe_plugin.merging.operations import Combine, Compress, Copy, Delegate, Operation
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements per range: small enough that a range and its sums stay in a processor's cache."""
@@ -87,11 +87,16 @@ def operation_memory(operation: Operation, count: int, dtype: str) -> int:
     adapters = [source for source in operation.sources if isinstance(source, AdaptedTensor)]
     if adapters:
         needed += width * (2 * count + max(source.down.elements + source.up.elements for source in adapters))
-    if isinstance(operation, Upscale) and operation.rank is not None:
-        out_features, in_features = operation.output.shape
-        small = min(out_features, in_features)
-        needed += 8 * (count + 4 * small * small + operation.rank * (out_features + in_features))
+    if isinstance(operation, Compress):
+        needed += compression_memory(operation)
     return needed
+
+
+def compression_memory(operation: Compress) -> int:
+    """Bytes that compressing one task vector takes beside it."""
+    out_features, in_features = operation.output.shape
+    small = min(out_features, in_features)
+    return 8 * (operation.output.elements + 4 * small * small + operation.size * (out_features + in_features))
 
 
 def piece_memory(operation: Operation, dtype: str, chunk_elements: int) -> int:

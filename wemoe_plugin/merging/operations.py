@@ -1,14 +1,18 @@
-"""The operations a plan consists of, as frozen values. Each makes one tensor of the ordinary checkpoint."""
+"""The operations a plan consists of, as frozen values.
+
+All kinds but one make one tensor of the ordinary checkpoint; `Compress` makes one expert's part of the task vectors of
+one.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from wemoe_plugin.checkpoints.header import ITEM_BYTES
-from wemoe_plugin.checkpoints.sources import Source
+from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source, is_change_of
 from wemoe_plugin.recipe.settings import Scalar
 
 
@@ -61,6 +65,10 @@ class Copy:
     def sources(self) -> tuple[Source, ...]:
         return (self.source, *self.agreeing)
 
+    @property
+    def written(self) -> tuple[OutputTensor, ...]:
+        return (self.output,)
+
 
 @dataclass(frozen=True)
 class Combine:
@@ -74,30 +82,78 @@ class Combine:
     def sources(self) -> tuple[Source, ...]:
         return _sources(self.mixture)
 
+    @property
+    def written(self) -> tuple[OutputTensor, ...]:
+        return (self.output,)
+
 
 @dataclass(frozen=True)
 class Upscale:
-    """A static merge whose task vectors are kept as well.
+    """A static merge whose task vectors are kept whole.
 
     Attributes:
-        vectors: for the dense form one tensor (experts, *shape); for the low-rank form A (experts, rank, in) and
-            B (experts, out, rank).
-        rank: None for the dense form.
+        vectors: the tensor they are kept in, (experts, *shape).
     """
 
     output: OutputTensor
     mixture: Mixture
-    vectors: tuple[OutputTensor, ...]
-    rank: int | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether the tensor must be held whole, for its decomposition; all else works on any range of elements."""
-        return self.rank is not None
+    vectors: OutputTensor
+    whole: ClassVar[bool] = False
 
     @property
     def sources(self) -> tuple[Source, ...]:
         return _sources(self.mixture)
+
+    @property
+    def written(self) -> tuple[OutputTensor, ...]:
+        return (self.output, self.vectors)
+
+
+@dataclass(frozen=True)
+class Compress:
+    """One expert's task vector of one weight, compressed.
+
+    The factors of a LoRA expert whose change is the whole task vector are taken as they are, or cut to the rank without
+    ever building the change.
+
+    Attributes:
+        output: the weight whose task vector it is; not written.
+        base: θ₀.
+        expert: θₖ.
+        form: ``low_rank`` or ``sparse``.
+        size: its rank, or how many entries are kept.
+        parts: what is written: the two factors, or values and indices, of all experts.
+        starts: the element of each part at which this expert's begins.
+        norms: (experts, 2), ‖τₖ‖ and the norm of what is dropped.
+        place: k, the expert's place.
+    """
+
+    output: OutputTensor
+    base: Source
+    expert: Source
+    form: Literal["low_rank", "sparse"]
+    size: int
+    parts: tuple[OutputTensor, OutputTensor]
+    starts: tuple[int, int]
+    norms: OutputTensor
+    place: int
+    whole: ClassVar[bool] = True
+
+    @property
+    def factors(self) -> AdaptedTensor | None:
+        """The expert, where its adapter's change is the task vector and the form can keep it."""
+        own = isinstance(self.expert, AdaptedTensor) and is_change_of(self.expert, self.base)
+        return self.expert if own and self.form == "low_rank" else None  # type: ignore[return-value]
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        if (expert := self.factors) is not None:
+            return (expert.down, expert.up)
+        return (self.base, self.expert)
+
+    @property
+    def written(self) -> tuple[OutputTensor, ...]:
+        return (*self.parts, self.norms)
 
 
 @dataclass(frozen=True)
@@ -128,8 +184,12 @@ class Delegate:
     def sources(self) -> tuple[Source, ...]:
         return self.inputs
 
+    @property
+    def written(self) -> tuple[OutputTensor, ...]:
+        return (self.output,)
 
-Operation = Copy | Combine | Upscale | Delegate
+
+Operation = Copy | Combine | Upscale | Compress | Delegate
 
 
 def _sources(mixture: Mixture) -> tuple[Source, ...]:

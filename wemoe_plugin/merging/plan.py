@@ -12,21 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wemoe_plugin.checkpoints.checkpoint import WEIGHT_NAMES
+from wemoe_plugin.checkpoints.conv1d import stores_transposed
 from wemoe_plugin.checkpoints.header import FLOATS, SAFETENSORS_DTYPE
 from wemoe_plugin.checkpoints.ranges import FileStamp, stamp_files
-from wemoe_plugin.checkpoints.sources import Source
+from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source, is_change_of, is_same
 from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.inputs import Inputs, Model, open_models
 from wemoe_plugin.merging.layout import OutputFile, lay_out
 from wemoe_plugin.merging.names import nearest_modules
-from wemoe_plugin.merging.operations import Combine, Copy, Delegate, Mixture, Operation, OutputTensor, Upscale
+from wemoe_plugin.merging.operations import Combine, Compress, Copy, Delegate, Mixture, Operation, OutputTensor, Upscale
 from wemoe_plugin.merging.parameters import ParameterReader
 from wemoe_plugin.merging.tied import Twins
-from wemoe_plugin.merging.upscaling import UpscaledLayer, UpscaledModule, find_upscaled_modules, nested_modules
+from wemoe_plugin.merging.upscaling import (
+    PlannedRouter,
+    UpscaledLayer,
+    UpscaledModule,
+    find_upscaled_modules,
+    nested_modules,
+)
 from wemoe_plugin.recipe.loading import RecipeFile
 from wemoe_plugin.recipe.methods import METHODS, STREAMED
 from wemoe_plugin.recipe.patterns import KEYWORDS
-from wemoe_plugin.recipe.schema import Rule
+from wemoe_plugin.recipe.schema import Rule, TaskVectorSpec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -50,7 +57,8 @@ class MergePlan:
         base: θ₀; for a recipe without base_model, the first model, which then only lends its configuration.
         experts: the models whose task vectors are taken, in the recipe's order.
         dtype: of the arithmetic on ranges, a safetensors name; never less than float32.
-        operations: one per tensor of the ordinary checkpoint.
+        operations: one per tensor of the ordinary checkpoint; after those whose task vectors are compressed, one per
+            expert for that.
         static_files: the ordinary checkpoint.
         vector_files: the task vectors of the upscaled modules; empty if no rule upscales.
         modules: the upscaled modules.
@@ -60,6 +68,9 @@ class MergePlan:
         twins: tensors that must be equal to each other; compared before anything is merged.
         stamps: every file that is read, as it was when the plan was made.
         seed: of the methods that draw numbers, and of the routers.
+        shard_bytes: the largest file to write.
+        settled: whether all ranks are known; those that depend on singular values are upper bounds until
+            `wemoe_plugin.merging.survey.settle` has looked at these.
     """
 
     base: Model
@@ -75,6 +86,8 @@ class MergePlan:
     twins: tuple[Twins, ...]
     stamps: Mapping[Path, FileStamp]
     seed: int
+    shard_bytes: int | None
+    settled: bool
 
     @property
     def library(self) -> str:
@@ -98,20 +111,37 @@ class MergePlan:
 
     @property
     def vector_parameters(self) -> int:
-        return sum(tensor.elements for file in self.vector_files for tensor in file.tensors)
+        return sum(
+            tensor.elements for file in self.vector_files for tensor in file.tensors if is_parameter(tensor.name)
+        )
 
     @property
     def router_parameters(self) -> int:
         return sum(router.parameters for router in {m.router.name: m.router for m in self.modules}.values())
 
 
-def plan_merge(source: RecipeFile, shard_bytes: int | None = DEFAULT_SHARD_BYTES, seed: int | None = None) -> MergePlan:
+def is_parameter(vector_name: str) -> bool:
+    """Whether what is stored for task vectors takes part in the arithmetic: positions and norms do not."""
+    return not vector_name.endswith((".indices", ".norms"))
+
+
+Ranks = Mapping[str, tuple[int, ...]]
+"""By the name of a weight: the rank of each expert's task vector."""
+
+
+def plan_merge(
+    source: RecipeFile,
+    shard_bytes: int | None = DEFAULT_SHARD_BYTES,
+    seed: int | None = None,
+    ranks: Ranks | None = None,
+) -> MergePlan:
     """Plan a recipe.
 
     Args:
         source: the recipe.
         shard_bytes: the largest weights file to write; open_clip's weights always stay in one file.
         seed: of the methods that draw numbers and of the routers; default the recipe's ``tuning.seed``, else 0.
+        ranks: where they depend on singular values and have been chosen.
 
     Raises:
         CheckpointError: a model cannot be read.
@@ -120,13 +150,15 @@ def plan_merge(source: RecipeFile, shard_bytes: int | None = DEFAULT_SHARD_BYTES
     inputs = open_models(source)
     if seed is None:
         seed = source.recipe.tuning.seed if source.recipe.tuning else 0
-    return _Planner(source, inputs, shard_bytes, seed).plan()
+    return _Planner(source, inputs, shard_bytes, seed, ranks).plan()
 
 
 class _Planner:
     """Walks over the base's tensors once and decides on each."""
 
-    def __init__(self, source: RecipeFile, inputs: Inputs, shard_bytes: int | None, seed: int) -> None:
+    def __init__(
+        self, source: RecipeFile, inputs: Inputs, shard_bytes: int | None, seed: int, ranks: Ranks | None
+    ) -> None:
         self.source = source
         self.recipe = source.recipe
         self.inputs = inputs
@@ -134,6 +166,7 @@ class _Planner:
         experts = self.models = inputs.models
         self.shard_bytes = shard_bytes
         self.seed = seed
+        self.ranks = ranks
         self.tensors = base.checkpoint.tensors
         self.held = {name for model in experts for name in model.checkpoint.tensors}
         self.experts = tuple(m for m in experts if self.recipe.base_model is None or not _same(m, base))
@@ -142,7 +175,7 @@ class _Planner:
 
     def plan(self) -> MergePlan:
         self._check_participants()
-        owners, paths = self._claim()
+        owners, paths = self.owners, _ = self._claim()
         modules = self._upscale(owners, paths)
         layers = {layer.tensor: (module, layer) for module in modules for layer in module.layers}
         in_module = {name: module for module in modules for name in module.tensors}
@@ -150,10 +183,11 @@ class _Planner:
         for name in self.tensors:
             rule = owners.get(name)
             if name in layers:
-                operations.append(self._upscaled(name, *layers[name]))
+                operations += self._upscaled(name, *layers[name])
             else:
                 operations.append(self._static(name, rule, in_module.get(name)))
-        vectors = [t for o in operations if isinstance(o, Upscale) for t in o.vectors]
+        static = [o.output for o in operations if not isinstance(o, Compress)]
+        kept = {vector.name: vector for operation in operations for vector in _vectors(operation)}
         sources = [source for operation in operations for source in operation.sources]
         sources += [source for pair in self.inputs.twins for source in (pair.kept, pair.dropped)]
         library = self.base.checkpoint.library or "transformers"
@@ -163,8 +197,8 @@ class _Planner:
             experts=self.experts,
             dtype="F64" if self.recipe.dtype == "float64" else "F32",
             operations=tuple(operations),
-            static_files=lay_out(WEIGHT_NAMES[library], (o.output for o in operations), limit),
-            vector_files=lay_out("wemoe", vectors, self.shard_bytes) if vectors else (),
+            static_files=lay_out(WEIGHT_NAMES[library], static, limit),
+            vector_files=lay_out("wemoe", kept.values(), self.shard_bytes) if kept else (),
             modules=modules,
             claims=tuple(self._table(owners, modules)),
             base_only=tuple(name for name in self.tensors if name not in self.held),
@@ -172,6 +206,8 @@ class _Planner:
             twins=self.inputs.twins,
             stamps=stamp_files(sorted({file for source in sources for file in source.files})),
             seed=self.seed,
+            shard_bytes=self.shard_bytes,
+            settled=self.ranks is not None or not any(_is_open(self._form(module)) for module in modules),
         )
 
     def _claim(self) -> tuple[dict[str, int], dict[str, str]]:
@@ -215,9 +251,24 @@ class _Planner:
                 )
                 continue
             try:
-                modules += find_upscaled_modules(rule, i, tuned, self.tensors, self._module_lambdas(rule))
+                modules += find_upscaled_modules(
+                    rule,
+                    i,
+                    tuned,
+                    self.tensors,
+                    self._module_lambdas(rule),
+                    self._sizes(rule),
+                    stores_transposed(self.base.checkpoint.config),
+                )
             except PlanError as error:
                 problems += [f"{where}: rules[{i}]: {line}" for line in str(error).splitlines()]
+        specs: dict[str, PlannedRouter] = {}
+        problems += [
+            f"{module.path} and another module share the router of {module.router.name}, but their rules want "
+            "different ones; match them in one rule"
+            for module in modules
+            if specs.setdefault(module.router.name, module.router) != module.router
+        ]
         problems += [f"{path} lies inside another upscaled module; upscale one" for path in nested_modules(modules)]
         if problems:
             raise PlanError("\n".join(problems))
@@ -234,11 +285,58 @@ class _Planner:
 
         return lambdas
 
-    def _upscaled(self, name: str, module: UpscaledModule, layer: UpscaledLayer) -> Upscale:
-        output = self._output(name)
-        mixture = Mixture(self.tensors[name], self._inputs(name, self.experts), module.lambdas)
-        vectors = tuple(OutputTensor(vector, output.dtype, shape) for vector, shape in layer.vectors)
-        return Upscale(output, mixture, vectors, layer.rank)
+    def _sizes(self, rule: Rule) -> Callable[[str], tuple[int, ...]]:
+        """Per expert, the rank of a weight's task vector or the entries of it that are kept."""
+        spec = rule.parameters.task_vectors or TaskVectorSpec()
+        even = self._even_rank(spec.max_parameters) if spec.max_parameters else None
+
+        def sizes(tensor_name: str) -> tuple[int, ...]:
+            base = self.tensors[tensor_name]
+            experts = self._inputs(tensor_name, self.experts)
+            if spec.density is not None:
+                return (max(1, round(spec.density * base.elements)),) * len(experts)
+            if self.ranks is not None and tensor_name in self.ranks:
+                return self.ranks[tensor_name]
+            most = spec.rank or even or min(base.shape)
+            ranks = tuple(min(most, highest_rank(expert, base)) for expert in experts)
+            return ranks if any(ranks) else (1, *ranks[1:])
+
+        return sizes
+
+    def _even_rank(self, multiple: float) -> int:
+        """A rank that, were it the same for every tensor of the rules with this limit, would not reach the limit."""
+        specs = [rule.parameters.task_vectors for rule in self.recipe.rules]
+        limited = [i for i, spec in enumerate(specs) if spec is not None and spec.max_parameters == multiple]
+        shapes = [self.tensors[name].shape for name, i in self.owners.items() if i in limited and name in self.held]
+        each = len(self.experts) * sum(sum(shape) for shape in shapes if len(shape) == 2)
+        total = sum(tensor.elements for tensor in self.tensors.values())
+        return max(1, int((multiple - 1) * total) // max(1, each))
+
+    def _form(self, module: UpscaledModule) -> TaskVectorSpec:
+        return self.recipe.rules[module.rule].parameters.task_vectors or TaskVectorSpec()
+
+    def _upscaled(self, name: str, module: UpscaledModule, layer: UpscaledLayer) -> list[Operation]:
+        output, base, experts = self._output(name), self.tensors[name], self._inputs(name, self.experts)
+        mixture = Mixture(base, experts, module.lambdas)
+        if layer.form == "dense":
+            ((vector, shape),) = layer.vectors
+            return [Upscale(output, mixture, OutputTensor(vector, output.dtype, shape))]
+        (first, one), (second, other), (norm, two) = layer.vectors
+        parts = (
+            OutputTensor(first, output.dtype, one),
+            OutputTensor(second, "I32" if layer.form == "sparse" else output.dtype, other),
+        )
+        norms = OutputTensor(norm, "F32", two)
+        operations: list[Operation] = [Combine(output, mixture)]
+        before = 0
+        for k, (expert, size) in enumerate(zip(experts, layer.sizes, strict=True)):
+            starts = (before, before)
+            if layer.form == "low_rank":
+                starts = before * one[1], before * other[1]
+            if size:
+                operations.append(Compress(output, base, expert, layer.form, size, parts, starts, norms, k))
+            before += size
+        return operations
 
     def _static(self, name: str, rule_index: int | None, module: UpscaledModule | None) -> Operation:
         rule = None if rule_index is None else self.recipe.rules[rule_index]
@@ -361,6 +459,24 @@ class _Planner:
                 parameters=sum(self.tensors[name].elements for name in names),
                 modules=sum(module.rule == i for module in modules),
             )
+
+
+def highest_rank(expert: Source, base: Source) -> int:
+    """The rank that an expert's task vector can have, as far as it can be told without reading it."""
+    if is_same(expert, base):
+        return 0
+    own = expert.down.shape[0] if isinstance(expert, AdaptedTensor) and is_change_of(expert, base) else min(base.shape)
+    return min(own, *base.shape)
+
+
+def _vectors(operation: Operation) -> tuple[OutputTensor, ...]:
+    if isinstance(operation, Upscale):
+        return (operation.vectors,)
+    return operation.written if isinstance(operation, Compress) else ()
+
+
+def _is_open(spec: TaskVectorSpec) -> bool:
+    return spec.energy is not None or spec.max_parameters is not None
 
 
 def _amount(limits: tuple[int, int | None]) -> str:

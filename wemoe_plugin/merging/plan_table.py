@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from wemoe_plugin.merging.operations import Operation, Upscale
-from wemoe_plugin.merging.plan import MergePlan
+from wemoe_plugin.merging.module_table import ModuleRow, describe_router, describe_sizes, module_lines
+from wemoe_plugin.merging.operations import Compress, Operation
+from wemoe_plugin.merging.plan import MergePlan, is_parameter
+
+if TYPE_CHECKING:
+    from wemoe_plugin.merging.survey import Loss
 
 
 def summary_lines(plan: MergePlan) -> list[str]:
@@ -22,14 +27,49 @@ def summary_lines(plan: MergePlan) -> list[str]:
     return [*lines, *(f"note: {note}" for note in plan.notes)]
 
 
-def plan_lines(plan: MergePlan, peak_memory: int, jobs: int, format_size: Callable[[int], str]) -> list[str]:
-    """What each rule claims, parameters, bytes read and written, and predicted memory.
+def module_rows(plan: MergePlan, losses: Sequence[Loss] = ()) -> list[ModuleRow]:
+    """The upscaled modules.
+
+    Args:
+        plan: the plan.
+        losses: what compression drops, where it has been measured.
+    """
+    stored = {tensor.name: tensor for file in plan.vector_files for tensor in file.tensors}
+    lost: dict[str, list[Loss]] = {}
+    for loss in losses:
+        lost.setdefault(loss.module, []).append(loss)
+    rows = []
+    for module in plan.modules:
+        vectors = [stored[name] for layer in module.layers for name, _ in layer.vectors]
+        own, router = lost.get(module.path, []), module.router
+        known = bool(own) or module.form == "dense"
+        rows.append(
+            ModuleRow(
+                module.path,
+                describe_sizes(module.form, (layer.sizes for layer in module.layers)),
+                describe_router(router.name, module.path, router.depth, router.width, router.routing),
+                module.lambdas,
+                sum(plan.base.checkpoint.tensors[name].elements for name in module.tensors),
+                sum(vector.elements for vector in vectors if is_parameter(vector.name)),
+                sum(vector.nbytes for vector in vectors),
+                math.hypot(*(loss.norm for loss in own)) if known else None,
+                math.hypot(*(loss.dropped for loss in own)) if known else None,
+            )
+        )
+    return rows
+
+
+def plan_lines(
+    plan: MergePlan, peak_memory: int, jobs: int, format_size: Callable[[int], str], losses: Sequence[Loss] = ()
+) -> list[str]:
+    """What each rule claims, the upscaled modules, parameters, bytes read and written, and predicted memory.
 
     Args:
         plan: the plan.
         peak_memory: bytes above the imported process.
         jobs: the number of threads that figure is for.
         format_size: from bytes to text.
+        losses: what compression drops, where it has been measured.
     """
     width = max(len(claim.label) for claim in plan.claims)
     lines = [*summary_lines(plan), ""]
@@ -42,13 +82,20 @@ def plan_lines(plan: MergePlan, peak_memory: int, jobs: int, format_size: Callab
         lines += ["", f"{len(plan.base_only)} tensors that no expert has are the base's, {plan.base_only[0]} the first"]
     wasteful = sum(_is_larger_than_dense(operation) for operation in plan.operations)
     if wasteful:
-        lines += ["", f"low_rank takes more room than dense for {wasteful} tensors: the rank is too large for them"]
+        lines += [
+            "",
+            f"compressed, {wasteful} tensors take more room than dense: rank or density is too large for them",
+        ]
+    if plan.modules:
+        lines += ["", *module_lines(module_rows(plan, losses), format_size)]
+        if not plan.settled:
+            lines.append("ranks are upper bounds: they are chosen by singular values; --measure shows them")
     parameters = f"parameters    {plan.base_parameters:,}"
     if plan.modules:
         total = plan.base_parameters + plan.vector_parameters + plan.router_parameters
         parameters += (
             f" static + {plan.vector_parameters:,} task vectors + {plan.router_parameters:,} routers = "
-            f"{total / plan.base_parameters:.2f} x the base"
+            f"{'' if plan.settled else 'at most '}{total / plan.base_parameters:.2f} x the base"
         )
     return [
         *lines,
@@ -61,13 +108,13 @@ def plan_lines(plan: MergePlan, peak_memory: int, jobs: int, format_size: Callab
 
 
 def _is_larger_than_dense(operation: Operation) -> bool:
-    if not isinstance(operation, Upscale) or operation.rank is None:
+    if not isinstance(operation, Compress) or operation.place:
         return False
-    dense = len(operation.mixture.inputs) * operation.output.elements
-    return sum(vector.elements for vector in operation.vectors) >= dense
+    dense = operation.norms.shape[0] * operation.output.nbytes
+    return sum(part.nbytes for part in operation.parts) >= dense
 
 
-def plan_json(plan: MergePlan, peak_memory: int) -> dict[str, Any]:
+def plan_json(plan: MergePlan, peak_memory: int, losses: Sequence[Loss] = ()) -> dict[str, Any]:
     """The same as values."""
     return {
         "base": str(plan.base.checkpoint.path),
@@ -75,7 +122,8 @@ def plan_json(plan: MergePlan, peak_memory: int) -> dict[str, Any]:
         "claims": [vars(claim) for claim in plan.claims],
         "base_only": list(plan.base_only),
         "notes": list(plan.notes),
-        "modules": [module.path for module in plan.modules],
+        "modules": [{**vars(row), "error": row.error} for row in module_rows(plan, losses)],
+        "settled": plan.settled,
         "parameters": {
             "static": plan.base_parameters,
             "task_vectors": plan.vector_parameters,

@@ -25,7 +25,7 @@ from typing import Any
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
 from wemoe_plugin.errors import PlanError, WemoeError
 from wemoe_plugin.merging.memory import available_processors
-from wemoe_plugin.merging.operations import Operation, Upscale
+from wemoe_plugin.merging.operations import Operation
 from wemoe_plugin.merging.plan import MergePlan
 from wemoe_plugin.merging.work import Piece, bytes_of_piece, make_worker
 
@@ -175,8 +175,7 @@ def _fetched(reference: Any) -> Job:
 
 def _opened_outputs(job: Job, operations: Sequence[Operation], stack: ExitStack) -> dict[str, TensorFile]:
     """The files that the operations' results go to, by the names of their tensors."""
-    stored = {o.output.name for o in operations}
-    stored |= {vector.name for o in operations if isinstance(o, Upscale) for vector in o.vectors}
+    stored = {tensor.name for operation in operations for tensor in operation.written}
     places: dict[str, TensorFile] = {}
     for planned in job.plan.files:
         if stored.isdisjoint(tensor.name for tensor in planned.tensors):

@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
-from wemoe_plugin.checkpoints.sources import Source
-from wemoe_plugin.checkpoints.tensors import TORCH_DTYPE, read_as, read_stored, write
+from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
+from wemoe_plugin.checkpoints.tensors import TORCH_DTYPE, read_as, read_factors, read_stored, write
 from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.elementwise import mix, task_vectors
-from wemoe_plugin.merging.operations import Combine, Copy, Delegate, Operation, OutputTensor, Upscale
+from wemoe_plugin.merging.operations import Combine, Compress, Copy, Delegate, Operation, OutputTensor, Upscale
 from wemoe_plugin.merging.problems import buffer_differs, does_not_fit, holds, too_large
-from wemoe_plugin.task_vectors.low_rank import truncated_svd
+from wemoe_plugin.task_vectors.low_rank import (
+    product_norm,
+    singular_values,
+    singular_values_of_product,
+    truncated_product,
+    truncated_svd,
+)
+from wemoe_plugin.task_vectors.sparse import largest
 
 
 class TensorWorker:
@@ -41,6 +48,8 @@ class TensorWorker:
             self._combine(operation, start, count)
         elif isinstance(operation, Upscale):
             self._upscale(operation, start, count)
+        elif isinstance(operation, Compress):
+            self._compress(operation)
         else:
             self._delegate(operation)
 
@@ -67,20 +76,49 @@ class TensorWorker:
             for k, source in enumerate(mixture.inputs):
                 values = self._read(source, start, count)
                 (vector,) = task_vectors(base, [values])
-                self._store_vector(operation, start, k, vector)
+                self._store(operation.vectors, k * operation.output.elements + start, vector)
                 yield values
 
         self._store(operation.output, start, mix(mixture, base, inputs()))
 
-    def _store_vector(self, operation: Upscale, start: int, k: int, vector: Tensor) -> None:
-        """Keep a range of expert k's task vector, or the factors of the whole of it."""
-        if operation.rank is None:
-            (target,) = operation.vectors
-            self._store(target, k * operation.output.elements + start, vector)
-            return
-        factors = truncated_svd(vector.view(operation.output.shape), operation.rank)
-        for target, factor in zip(operation.vectors, factors, strict=True):
-            self._store(target, k * factor.numel(), factor.reshape(-1))
+    def _compress(self, operation: Compress) -> None:
+        first, second, norms = self.compressed(operation)
+        for part, at, values in zip(operation.parts, operation.starts, (first, second), strict=True):
+            self._store(part, at, values.reshape(-1))
+        self._store(operation.norms, 2 * operation.place, norms)
+
+    @torch.inference_mode()
+    def compressed(self, operation: Compress) -> tuple[Tensor, Tensor, Tensor]:
+        """Both parts of an expert's compressed task vector, and [‖τ‖, ‖what is dropped‖]."""
+        if (expert := operation.factors) is not None:
+            down, up = self._factors(expert)
+            kept = truncated_product(down, up, operation.size)
+            return *kept, _norms(product_norm(down, up), product_norm(*kept))
+        matrix = self._task_vector(operation)
+        if operation.form == "sparse":
+            values, indices = largest(matrix, operation.size)
+            return values, indices, _norms(matrix.norm(dtype=torch.float64), values.norm(dtype=torch.float64))
+        down, up = truncated_svd(matrix, operation.size)
+        rest = torch.addmm(matrix, up.T.to(matrix.dtype), down.to(matrix.dtype), alpha=-1)
+        return down, up, torch.stack([matrix.norm(dtype=torch.float64), rest.norm(dtype=torch.float64)])
+
+    @torch.inference_mode()
+    def singular_values(self, operation: Compress) -> Tensor:
+        """Those of the whole task vector, descending, float64 on the CPU."""
+        if (expert := operation.factors) is not None:
+            return singular_values_of_product(*self._factors(expert)).cpu()
+        return singular_values(self._task_vector(operation)).cpu()
+
+    def _task_vector(self, operation: Compress) -> Tensor:
+        count = operation.output.elements
+        (vector,) = task_vectors(self._read(operation.base, 0, count), [self._read(operation.expert, 0, count)])
+        return vector.view(operation.output.shape)
+
+    def _factors(self, expert: AdaptedTensor) -> tuple[Tensor, Tensor]:
+        factors = read_factors(self.reader, expert, self.dtype)
+        for source, factor in zip((expert.down, expert.up), factors, strict=True):
+            _check_finite(factor, source)
+        return factors[0].to(self.device), factors[1].to(self.device)
 
     def _delegate(self, operation: Delegate) -> None:
         from wemoe_plugin.merging.mergekit_bridge import merge_tensors
@@ -109,6 +147,11 @@ class TensorWorker:
         if not _is_finite(rounded):
             raise too_large(output)
         write(self.files[output.name], output.name, start, rounded)
+
+
+def _norms(whole: Tensor, kept: Tensor) -> Tensor:
+    """[‖τ‖, ‖τ − kept‖] where what is kept is orthogonal to what is dropped, as in a truncated SVD and in pruning."""
+    return torch.stack([whole, (whole.square() - kept.square()).clamp_min(0).sqrt()])
 
 
 def _is_finite(values: Tensor) -> bool:

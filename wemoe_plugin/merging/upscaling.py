@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from wemoe_plugin.checkpoints.header import FLOATS
 from wemoe_plugin.checkpoints.sources import Source
 from wemoe_plugin.errors import PlanError
-from wemoe_plugin.recipe.patterns import module_of
+from wemoe_plugin.recipe.patterns import first_half, module_of
 from wemoe_plugin.recipe.schema import RouterSpec, Rule, TaskVectorSpec
 
 _FIRST_LAYERS = (
@@ -17,7 +18,13 @@ _FIRST_LAYERS = (
 )
 """Names of layers that take their module's own input."""
 
+_CROSS_ATTENTION = ("EncDecAttention", "crossattention", "encoder_attn")
+
 _EMBEDDINGS = ("embed", "wte", "wpe", "relative_attention_bias", "token_type", "shared")
+
+
+Form = Literal["dense", "low_rank", "sparse"]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,24 +34,27 @@ class UpscaledLayer:
     Attributes:
         tensor: the parameter's name in the checkpoint.
         path: the Linear layer, relative to its module; empty if the module is the layer.
-        vectors: name and shape of each tensor stored for it: one for the dense form, A and B for the low-rank form.
-        rank: of the low-rank form, at most the smaller side of the weight.
+        form: of its task vectors; a bias' are always dense.
+        vectors: name and shape of each tensor stored for it: one for the dense form, else two parts and the norms.
+        sizes: per expert, the rank of the low-rank form or the entries of the sparse one; empty for dense.
     """
 
     tensor: str
     path: str
-    vectors: tuple[tuple[str, tuple[int, ...]], ...]
-    rank: int | None
+    form: Form
+    vectors: tuple[tuple[str, Shape], ...]
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class PlannedRouter:
-    """A router's shape: ``width`` features in, one weight per expert out."""
+    """A router's shape: ``width`` features in, one weight per expert out, for each sample or token (``routing``)."""
 
     name: str
     width: int
     experts: int
     depth: int
+    routing: Literal["sample", "token"] = "sample"
 
     @property
     def parameters(self) -> int:
@@ -63,7 +73,8 @@ class UpscaledModule:
         router: decides for it, alone or with the other modules of its rule.
         layers: the parameters of its Linear layers.
         tensors: every tensor of the module, its norms among them.
-        form: of its task vectors, ``dense`` or ``low_rank``.
+        form: of its weights' task vectors.
+        argument: which of its positional arguments the router reads.
     """
 
     path: str
@@ -72,7 +83,8 @@ class UpscaledModule:
     router: PlannedRouter
     layers: tuple[UpscaledLayer, ...]
     tensors: tuple[str, ...]
-    form: str
+    form: Form
+    argument: int = 0
 
 
 def find_upscaled_modules(
@@ -81,6 +93,8 @@ def find_upscaled_modules(
     claimed: Mapping[str, str],
     tensors: Mapping[str, Source],
     lambdas: Callable[[str], tuple[float, ...]],
+    sizes: Callable[[str], tuple[int, ...]],
+    stored_transposed: bool,
 ) -> list[UpscaledModule]:
     """The modules of one wemoe rule.
 
@@ -90,6 +104,8 @@ def find_upscaled_modules(
         claimed: the tensors it owns, each with the path it was matched by.
         tensors: the base's tensors.
         lambdas: λₖ per expert at a tensor's place in the network.
+        sizes: per expert, the rank of a weight's task vector, or the entries of it that are kept; see `UpscaledLayer`.
+        stored_transposed: whether weights are stored as (in, out).
 
     Raises:
         PlanError: a module without Linear layers, with fused ones, or whose input width is not clear.
@@ -107,7 +123,7 @@ def find_upscaled_modules(
     modules: list[UpscaledModule] = []
     for path, names in grouped.items():
         try:
-            modules.append(_module(path, names, index, router, form, tensors, lambdas))
+            modules.append(_module(path, names, index, router, form, tensors, lambdas, sizes, stored_transposed))
         except PlanError as error:
             problems.append(str(error))
     if router.shared:
@@ -145,6 +161,8 @@ def _module(
     form: TaskVectorSpec,
     tensors: Mapping[str, Source],
     lambdas: Callable[[str], tuple[float, ...]],
+    sizes: Callable[[str], tuple[int, ...]],
+    stored_transposed: bool,
 ) -> UpscaledModule:
     fused = [name for name in names if name.endswith("in_proj_weight")]
     fused += [name for name in names if f"{module_of(module_of(name))}.in_proj_weight" in tensors]
@@ -156,6 +174,8 @@ def _module(
     weights = [name for name in names if _is_linear_weight(name, tensors[name])]
     if not weights:
         raise PlanError(f"the module {path} has no Linear layers (no 2-D weight); wemoe needs some")
+    if spec.routing == "token" and any(word in path.split(".") for word in _CROSS_ATTENTION):
+        raise PlanError(f"{path} reads the tokens of two texts; token routing cannot decide for both, use sample")
     values = {name: lambdas(name) for name in names}
     first = values[weights[0]]
     other = next((name for name in names if values[name] != first), None)
@@ -163,22 +183,51 @@ def _module(
         raise PlanError(
             f"lambda or weight of {other} is another than that of {weights[0]}; a module has one λ per expert"
         )
-    inside = [name for name in tensors if name.startswith(f"{path}.") and _is_linear_weight(name, tensors[name])]
+    half = first_half(path, tensors)
+    decider = path if half is None else half
+    inside = [name for name in tensors if name.startswith(f"{decider}.") and _is_linear_weight(name, tensors[name])]
     router = PlannedRouter(
-        name=f"rules.{index}" if spec.shared else path,
-        width=_input_width(path, inside, tensors),
+        name=f"rules.{index}" if spec.shared else decider,
+        width=_input_width(decider, inside, tensors, 0 if stored_transposed else 1),
         experts=len(first),
         depth=spec.depth,
+        routing=spec.routing,
     )
     layers: list[UpscaledLayer] = []
     for weight in weights:
         layer = module_of(weight)
         relative = layer[len(path) + 1 :]
-        layers.append(_layer(weight, f"{layer}.weight", relative, tensors[weight].shape, len(first), form.rank))
+        kept = f"{layer}.weight.task_vectors"
+        chosen = () if form.form == "dense" else sizes(weight)
+        vectors = stored_vectors(kept, form.form, tensors[weight].shape, len(first), chosen)
+        layers.append(UpscaledLayer(weight, relative, form.form, vectors, chosen))
         bias = f"{layer}.bias"
         if bias in names:
-            layers.append(_layer(bias, bias, relative, tensors[bias].shape, len(first), None))
-    return UpscaledModule(path, index, first, router, tuple(layers), tuple(names), form.form)
+            vectors = stored_vectors(f"{bias}.task_vectors", "dense", tensors[bias].shape, len(first), ())
+            layers.append(UpscaledLayer(bias, relative, "dense", vectors))
+    argument = 0 if half is None else 1
+    return UpscaledModule(path, index, first, router, tuple(layers), tuple(names), form.form, argument)
+
+
+def stored_vectors(
+    name: str, form: Form, shape: Shape, experts: int, sizes: tuple[int, ...]
+) -> tuple[tuple[str, Shape], ...]:
+    """Name and shape of what is stored for a parameter's task vectors.
+
+    Args:
+        name: of the dense form's tensor; those of other forms begin with it.
+        form: dense, low_rank or sparse.
+        shape: of the parameter as it is stored.
+        experts: how many there are.
+        sizes: per expert, its rank or its entries.
+    """
+    if form == "dense":
+        return ((name, (experts, *shape)),)
+    norms = (f"{name}.norms", (experts, 2))
+    if form == "sparse":
+        return (f"{name}.values", (experts, sizes[0])), (f"{name}.indices", (experts, sizes[0])), norms
+    rows, columns = shape
+    return (f"{name}.down", (sum(sizes), columns)), (f"{name}.up", (sum(sizes), rows)), norms
 
 
 def _is_linear_weight(name: str, tensor: Source) -> bool:
@@ -186,27 +235,13 @@ def _is_linear_weight(name: str, tensor: Source) -> bool:
     return is_matrix and not any(word in name.rpartition(".")[0].rpartition(".")[2] for word in _EMBEDDINGS)
 
 
-def _layer(
-    tensor: str, parameter: str, path: str, shape: tuple[int, ...], experts: int, rank: int | None
-) -> UpscaledLayer:
-    if rank is None:
-        return UpscaledLayer(tensor, path, ((f"{parameter}.task_vectors", (experts, *shape)),), None)
-    out_features, in_features = shape
-    rank = min(rank, out_features, in_features)
-    factors = (
-        (f"{parameter}.task_vectors.A", (experts, rank, in_features)),
-        (f"{parameter}.task_vectors.B", (experts, out_features, rank)),
-    )
-    return UpscaledLayer(tensor, path, factors, rank)
-
-
-def _input_width(path: str, weights: list[str], tensors: Mapping[str, Source]) -> int:
+def _input_width(path: str, weights: list[str], tensors: Mapping[str, Source], axis: int) -> int:
     """Features of the module's input: known by the name of its first layer, or the same for all its layers."""
     for known in _FIRST_LAYERS:
         for weight in weights:
             if module_of(weight).rpartition(".")[2] == known:
-                return tensors[weight].shape[1]
-    widths = {tensors[weight].shape[1] for weight in weights}
+                return tensors[weight].shape[axis]
+    widths = {tensors[weight].shape[axis] for weight in weights}
     if len(widths) > 1:
         layers = ", ".join(module_of(weight).rpartition(".")[2] for weight in weights)
         raise PlanError(f"cannot tell which of the layers {layers} takes the input of the module {path}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeGuard
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -12,18 +12,24 @@ from torch import Tensor, nn
 from wemoe_plugin.checkpoints.containment import file_in
 from wemoe_plugin.checkpoints.staging import write_atomically
 from wemoe_plugin.errors import CheckpointError
-from wemoe_plugin.modeling.config import ROUTERS_NAME, LayerConfig, ModuleConfig, WemoeConfig, read_config
+from wemoe_plugin.modeling.composition import WORKING_BYTES
+from wemoe_plugin.modeling.config import ROUTERS_NAME, WemoeConfig, read_config
 from wemoe_plugin.modeling.ensembled_linear import EnsembledLinear, Routing
+from wemoe_plugin.modeling.forms import DenseForm, Form, LowRankForm, SparseForm
+from wemoe_plugin.modeling.naming import is_conv1d
+from wemoe_plugin.modeling.placement import PlacedLayer, PlacedModule, place
 from wemoe_plugin.modeling.router import Router
+from wemoe_plugin.modeling.sequence import SequenceState, watch
 from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, wemoe_modules
 
 
-def attach(model: nn.Module, path: Path | str) -> nn.Module:
+def attach(model: nn.Module, path: Path | str, working_bytes: int = WORKING_BYTES) -> nn.Module:
     """Upscale a model in place with the task vectors and routers of an output directory.
 
     Args:
         model: built by you, holding the directory's static weights.
         path: the directory.
+        working_bytes: the most that the composed weights of one layer take at a time, for dense and sparse forms.
 
     Returns:
         The same model; the modules that the recipe upscaled are `WeightEnsemblingMoE` now.
@@ -32,118 +38,109 @@ def attach(model: nn.Module, path: Path | str) -> nn.Module:
         CheckpointError: files are absent or damaged, or the model does not have the modules they are for.
     """
     directory = Path(path)
+    if next(wemoe_modules(model), None) is not None:
+        raise CheckpointError(f"this {type(model).__name__} is upscaled already; attach once")
     config = read_config(directory)
+    placed, problems = place(model, config)
+    if problems:
+        raise CheckpointError("\n".join(problems[:3]))
     vectors: dict[str, Tensor] = {}
     for name in config.vector_files:
         vectors |= _load(directory / name)
     routers = load_routers(directory, config)
-    for module_config in config.modules:
-        attach_module(model, module_config, vectors, routers[module_config.router])
+    states: dict[str, SequenceState] = {}
+    for module in placed:
+        router = routers[module.config.router]
+        state = None if router.per_token else watch(model, module.path, states)
+        attach_module(model, module, vectors, router, len(config.experts), state, working_bytes)
     return model
 
 
-def attach_module(model: nn.Module, config: ModuleConfig, vectors: dict[str, Tensor], router: Router) -> None:
+def attach_module(
+    model: nn.Module,
+    placed: PlacedModule,
+    vectors: Mapping[str, Tensor],
+    router: Router,
+    experts: int,
+    sequence: SequenceState | None = None,
+    working_bytes: int = WORKING_BYTES,
+) -> None:
     """Upscale one module of a model in place.
 
     Args:
         model: any torch model.
-        config: the module.
+        placed: the module.
         vectors: task vectors by the names `wemoe_plugin.merging.upscaling` gives them.
         router: shared by all modules that are attached with it.
+        experts: how many there are.
+        sequence: what the stack around the module tells about its tokens.
+        working_bytes: the most that composed weights take at a time.
     """
-    path = _find(model, config.path)
-    module = model.get_submodule(path)
-    if isinstance(module, WeightEnsemblingMoE):
-        raise CheckpointError(f"{path} is upscaled already; attach once")
-    routing = Routing()
-    for layer in config.layers:
-        linear = module.get_submodule(layer.path) if layer.path else module
-        where = f"{path}.{layer.path}".rstrip(".")
-        if not is_plain_linear(linear):
-            raise CheckpointError(f"{where} is a {type(linear).__name__} in this model, not a Linear layer of its own")
-        replacement = _ensemble(
-            linear, layer, f"{config.path}.{layer.path}".rstrip("."), vectors, routing, len(config.lambdas)
-        )
-        if layer.path:
-            model.set_submodule(f"{path}.{layer.path}", replacement)
-        else:
+    module, routing = model.get_submodule(placed.path), Routing()
+    for layer in placed.layers:
+        linear = model.get_submodule(layer.path)
+        replacement = EnsembledLinear(_form(linear, layer, vectors, experts, working_bytes), routing)
+        replacement.train(linear.training)
+        if layer.path == placed.path:
             module = replacement
-    like = next(module.parameters())
-    router.to(like.device, like.dtype)
-    wrapper = WeightEnsemblingMoE(module, router, config.lambdas, routing).to(like.device)
-    wrapper.train(module.training)
-    model.set_submodule(path, wrapper)
-
-
-def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer's own forward pass applies its weight.
-
-    The projection inside of nn.MultiheadAttention is a Linear layer that is never called.
-    """
-    return (
-        isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
-        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        else:
+            model.set_submodule(layer.path, replacement)
+    router.to(replacement.weight.device, replacement.weight.dtype)
+    wrapper = WeightEnsemblingMoE(
+        module,
+        router,
+        placed.config.lambdas,
+        routing,
+        sequence,
+        placed.argument,
+        placed.path,
+        placed.config.router,
     )
+    wrapper.to(replacement.weight.device).train(module.training)
+    model.set_submodule(placed.path, wrapper)
 
 
-def misplaced_layers(model: nn.Module, config: WemoeConfig) -> list[str]:
-    """What keeps `attach` from upscaling a model, one line each; looks at no weights."""
-    problems = []
-    for module in config.modules:
-        try:
-            path = _find(model, module.path)
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        if isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
-            problems.append(f"{path} is a list of modules and has no forward pass; match its members, {path}.*")
-            continue
-        for layer in module.layers:
-            where = f"{path}.{layer.path}".rstrip(".")
-            kind = model.get_submodule(where)
-            if not is_plain_linear(kind):
-                problems.append(f"{where} is a {type(kind).__name__}, not a Linear layer of its own")
-    return problems
+def _form(
+    linear: nn.Module, placed: PlacedLayer, vectors: Mapping[str, Tensor], experts: int, working_bytes: int
+) -> Form:
+    layer, weight, bias = placed.config, linear.weight, linear.bias
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
+    rows, columns = weight.shape  # as they are stored
+    device, dtype = weight.device, weight.dtype
 
-
-def _ensemble(
-    linear: nn.Linear, layer: LayerConfig, name: str, vectors: dict[str, Tensor], routing: Routing, experts: int
-) -> EnsembledLinear:
-    rows, columns = linear.weight.shape
-
-    def take(key: str, *shape: int) -> Tensor:
+    def take(end: str, *shape: int) -> Tensor:
+        key = f"{placed.name}.{end}"
         if key not in vectors:
             raise CheckpointError(f"the task vectors {key!r} are not in the directory")
-        if vectors[key].shape != shape:
-            raise CheckpointError(f"{key!r} has shape {list(vectors[key].shape)}, the model needs {list(shape)}")
-        return vectors[key].to(linear.weight.device, linear.weight.dtype)
+        found = vectors[key]
+        if found.shape != shape:
+            raise CheckpointError(f"{key!r} has shape {list(found.shape)}, the model needs {list(shape)}")
+        return found.to(device, dtype if found.is_floating_point() else None)
 
-    dense, factors = None, None
+    transposed = is_conv1d(linear)
+    if transposed:
+        weight = weight.T.contiguous()
+    biases = take("bias.task_vectors", experts, len(weight)) if layer.bias else None
+    kept = "weight.task_vectors"
     if layer.form == "dense":
-        dense = take(f"{name}.weight.task_vectors", experts, rows, columns)
-    else:
-        rank = layer.rank or 0
-        factors = (
-            take(f"{name}.weight.task_vectors.A", experts, rank, columns),
-            take(f"{name}.weight.task_vectors.B", experts, rows, rank),
-        )
-    biases = take(f"{name}.bias.task_vectors", experts, rows) if layer.bias else None
-    return EnsembledLinear(linear, routing, dense, factors, biases)
-
-
-def _find(model: nn.Module, path: str) -> str:
-    """The module's path in this model: libraries may drop or add an outer name between files and modules."""
-    prefix = getattr(model, "base_model_prefix", "")
-    known = {name for name, _ in model.named_modules()}
-    candidates = [path, path.partition(".")[2], *([f"{prefix}.{path}"] if prefix else [])]
-    for candidate in candidates:
-        if candidate in known:
-            return candidate
-    raise CheckpointError(
-        f"this {type(model).__name__} has no module {path!r}: it is another model than the recipe's, or "
-        "its library names modules otherwise than files do, which cannot be upscaled yet"
-    )
+        dense = take(kept, experts, rows, columns)
+        return DenseForm(weight, bias, dense.mT if transposed else dense, biases, working_bytes)
+    if layer.form == "sparse":
+        values = take(f"{kept}.values", experts, layer.count or 0)
+        indices = take(f"{kept}.indices", experts, layer.count or 0)
+        if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < rows * columns):
+            raise CheckpointError(f"{placed.name}.{kept}.indices: lie outside of a matrix of {rows} x {columns}")
+        if transposed:
+            moved = indices % columns * rows + indices // columns
+            indices, order = moved.sort(dim=1)
+            values = values.gather(1, order)
+        return SparseForm(weight, bias, values, indices, biases, working_bytes)
+    ranks = layer.ranks or ()
+    down, up = take(f"{kept}.down", sum(ranks), columns), take(f"{kept}.up", sum(ranks), rows)
+    if transposed:
+        down, up = up, down
+    return LowRankForm(weight, bias, down, up, ranks, biases)
 
 
 def load_routers(directory: Path, config: WemoeConfig) -> dict[str, Router]:
@@ -151,7 +148,7 @@ def load_routers(directory: Path, config: WemoeConfig) -> dict[str, Router]:
     tensors = _load(directory / ROUTERS_NAME)
     routers = {}
     for name, spec in config.routers.items():
-        router = Router(spec.width, len(config.experts), spec.depth)
+        router = Router(spec.width, len(config.experts), spec.depth, per_token=spec.routing == "token")
         own = {key.removeprefix(f"{name}:"): value for key, value in tensors.items() if key.startswith(f"{name}:")}
         try:
             router.load_state_dict(own)
@@ -172,10 +169,9 @@ def save_routers(directory: Path, routers: dict[str, Router]) -> None:
     write_atomically(directory / ROUTERS_NAME, save(state, {"format": "pt"}))
 
 
-def routers_of(model: nn.Module, config: WemoeConfig) -> dict[str, Router]:
+def routers_of(model: nn.Module) -> dict[str, Router]:
     """The routers inside an attached model, by the names its directory gives them."""
-    by_path = {path: module.router for path, module in wemoe_modules(model)}
-    return {module.router: by_path[_find(model, module.path)] for module in config.modules}
+    return {module.router_name: module.router for _, module in wemoe_modules(model)}
 
 
 def _load(path: Path) -> dict[str, Tensor]:

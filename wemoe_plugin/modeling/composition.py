@@ -2,88 +2,192 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WORKING_BYTES = 16 * 2**20
-"""The most that the composed weights of one layer take at a time.
+WORKING_BYTES = 256 * 2**20
+"""The most that the composed weights of one layer take at a time, unless told otherwise."""
 
-Small on purpose: a band that stays in the cache, and below the size from which the allocator fetches fresh pages for
-every use, makes the layer nearly twice as fast on a CPU as one of 64 MiB (benchmarks/LOG.md)."""
+_CACHE_BYTES = 8 * 2**20
+"""What a CPU composes at a time, however much it may: a tile that stays in the cache, below the size from which the
+allocator fetches fresh pages for every use, is nearly twice as fast as one of 64 MiB (benchmarks/LOG.md)."""
+
+_CACHE_ROWS = 32
+"""Samples that a CPU composes at a time: of more, a tile would be too narrow for fast products."""
+
+
+class SparseVectors(NamedTuple):
+    """The largest entries of task vectors.
+
+    Attributes:
+        values: (experts, count).
+        indices: where they stand in the row-major (out, in) matrix, ascending, (experts, count).
+        starts: how many entries of each expert lie above each output row, (experts, out + 1), on the CPU.
+    """
+
+    values: Float[Tensor, "experts count"]
+    indices: Int[Tensor, "experts count"]
+    starts: Int[Tensor, "experts out_plus_1"]
 
 
 def apply_dense(
     x: Float[Tensor, "batch tokens in"],
     offsets: Float[Tensor, "batch experts"],
-    weight: Float[Tensor, "out in"],
-    vectors: Float[Tensor, "experts out in"],
+    stack: Float[Tensor, "experts_plus_1 out in"],
     working_bytes: int = WORKING_BYTES,
 ) -> Float[Tensor, "batch tokens out"]:
-    """Apply dense task vectors.
+    """Apply a static weight and dense task vectors, stacked: the weight first.
 
-    Composes the weights of all samples for a band of output rows, uses them, and goes on to the next band, so memory
+    Composes the weights of some samples for a band of output rows with one product, uses them, and goes on, so memory
     is bounded whatever the batch. Differentiable in ``x`` and ``offsets`` only: weights and task vectors are frozen.
-    The backward pass composes the weights again instead of keeping them. Under autocast the products are taken in its
-    dtype, as those of a Linear layer are; weights are composed in their own.
+    The backward pass composes the weights again instead of keeping them. Offsets that are one row expanded over the
+    batch (a router of depth 0) are composed once. Under autocast the products are taken in its dtype, as those of a
+    Linear layer are; weights are composed in their own.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):
-        y: Tensor = _DenseComposition.apply(x, offsets.to(weight.dtype), weight, vectors, working_bytes)
-    return y
+    return _apply(x, offsets, stack, None, working_bytes)
+
+
+def apply_sparse(
+    x: Float[Tensor, "batch tokens in"],
+    offsets: Float[Tensor, "batch experts"],
+    weight: Float[Tensor, "out in"],
+    vectors: SparseVectors,
+    working_bytes: int = WORKING_BYTES,
+) -> Float[Tensor, "batch tokens out"]:
+    """The same with sparse task vectors, which are spread out for one band of output rows at a time."""
+    return _apply(x, offsets, weight, vectors, working_bytes)
 
 
 def apply_low_rank(
     x: Float[Tensor, "batch tokens in"],
-    offsets: Float[Tensor, "batch experts"],
-    down: Float[Tensor, "experts rank in"],
-    up: Float[Tensor, "experts out rank"],
+    offsets: Float[Tensor, "batch *tokens experts"],
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    down: Float[Tensor, "ranks in"],
+    up: Float[Tensor, "ranks_and_biases out"],
+    owners: Int[Tensor, " ranks"],
 ) -> Float[Tensor, "batch tokens out"]:
-    """What low-rank task vectors add: ((x Aᵀ) ⊙ offsets) Bᵀ with the factors of all experts stacked."""
-    rank = down.shape[1]
-    thin = x @ down.flatten(0, 1).T
-    thin = thin * offsets.repeat_interleave(rank, dim=1).unsqueeze(1)
-    return thin @ up.transpose(0, 1).flatten(1).T
+    """x Wᵀ + ((x downᵀ) ⊙ offsets) up: two thin products with the factors of all experts stacked, no weight composed.
+
+    Args:
+        x: the layer's input.
+        offsets: one per sample and expert, or one per token and expert.
+        weight: the static weight.
+        bias: the static bias.
+        down: first factors, those of the first expert first.
+        up: second factors; if biases move too, their task vectors are its last rows, one per expert.
+        owners: which expert each rank belongs to.
+    """
+    if offsets.ndim == 2:
+        offsets = offsets.unsqueeze(1)
+    thin = F.linear(x, down)
+    thin = thin * offsets[..., owners].to(thin.dtype)
+    if up.shape[0] > down.shape[0]:
+        thin = torch.cat([thin, offsets.expand(-1, x.shape[1], -1).to(thin.dtype)], dim=-1)
+    y = F.linear(x, weight, bias)
+    flat, narrow = y.flatten(0, 1), thin.flatten(0, 1)
+    # In place: y is new, and adding to a copy of it would take a pass over memory more.
+    return flat.addmm_(narrow.to(y.dtype), up.to(y.dtype)).view(y.shape)
 
 
-def _bands(batch: int, weight: Tensor, working_bytes: int) -> list[slice]:
-    row = batch * weight.shape[1] * weight.element_size()
-    step = max(1, min(weight.shape[0], working_bytes // max(row, 1)))
-    return [slice(start, min(start + step, weight.shape[0])) for start in range(0, weight.shape[0], step)]
+def _apply(x: Tensor, offsets: Tensor, source: Tensor, vectors: SparseVectors | None, working_bytes: int) -> Tensor:
+    batch, tokens = x.shape[:2]
+    if batch > 1 and offsets.stride(0) == 0:
+        x, offsets = x.reshape(1, batch * tokens, -1), offsets[:1]
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        y: Tensor = _Composition.apply(x, offsets.to(source.dtype), source, vectors, working_bytes)
+    return y.view(batch, tokens, source.shape[-2])
 
 
-def _compose(offsets: Tensor, weight: Tensor, vectors: Tensor, band: slice) -> Tensor:
-    """The weights (batch, band, in) of every sample for a band of output rows."""
-    flat = torch.addmm(weight[band].reshape(1, -1), offsets, vectors[:, band].flatten(1))
-    return flat.view(offsets.shape[0], band.stop - band.start, weight.shape[1])
+class _Composition(torch.autograd.Function):
+    """``source`` is the stack of weight and dense task vectors, or the weight alone beside sparse ones."""
 
-
-class _DenseComposition(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, offsets: Tensor, weight: Tensor, vectors: Tensor, working_bytes: int) -> Tensor:
-        ctx.save_for_backward(x, offsets, weight, vectors)
-        ctx.working_bytes = working_bytes
-        y = x.new_empty(*x.shape[:2], weight.shape[0])
-        for band in _bands(x.shape[0], weight, working_bytes):
-            y[:, :, band] = x @ _compose(offsets, weight, vectors, band).to(x.dtype).mT
+    def forward(
+        ctx: Any, x: Tensor, offsets: Tensor, source: Tensor, vectors: SparseVectors | None, working_bytes: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, offsets)
+        ctx.source, ctx.vectors, ctx.working_bytes = source, vectors, working_bytes
+        coefficients = _with_static(offsets)
+        y = x.new_empty(*x.shape[:2], source.shape[-2])
+        for band, tiles in _bands(x, source, vectors, working_bytes):
+            stacked = _stacked(source, vectors, band)
+            for rows in tiles:
+                y[rows, :, band] = x[rows] @ _compose(coefficients[rows], stacked, x).mT
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        x, offsets, weight, vectors = ctx.saved_tensors
+        x, offsets = ctx.saved_tensors
         wants_x, wants_offsets = ctx.needs_input_grad[:2]
+        coefficients = _with_static(offsets)
         grad_x = torch.zeros_like(x) if wants_x else None
-        grad_offsets = torch.zeros_like(offsets) if wants_offsets else None
-        for band in _bands(x.shape[0], weight, ctx.working_bytes):
-            part = grad[:, :, band]
-            if grad_x is not None:
-                grad_x += part @ _compose(offsets, weight, vectors, band).to(x.dtype)
-            if grad_offsets is not None:
-                grad_offsets += (part.mT @ x).flatten(1).to(vectors.dtype) @ vectors[:, band].flatten(1).T
+        grad_coefficients = torch.zeros_like(coefficients) if wants_offsets else None
+        for band, tiles in _bands(x, ctx.source, ctx.vectors, ctx.working_bytes):
+            stacked = _stacked(ctx.source, ctx.vectors, band)
+            for rows in tiles:
+                part = grad[rows, :, band]
+                if grad_x is not None:
+                    grad_x[rows] += part @ _compose(coefficients[rows], stacked, x)
+                if grad_coefficients is not None:
+                    outer = (part.mT @ x[rows]).flatten(1).to(stacked.dtype)
+                    grad_coefficients[rows] += outer @ stacked.T
+        grad_offsets = None if grad_coefficients is None else grad_coefficients[:, 1:]
         return grad_x, grad_offsets, None, None, None
+
+
+def _with_static(offsets: Tensor) -> Tensor:
+    """With a one for the static weight, so that composing is one product: (batch, 1 + experts)."""
+    return torch.cat([offsets.new_ones(offsets.shape[0], 1), offsets], dim=1)
+
+
+def _bands(
+    x: Tensor, source: Tensor, vectors: SparseVectors | None, working_bytes: int
+) -> Iterator[tuple[slice, list[slice]]]:
+    """Bands of output rows and, for each, groups of samples: what is composed at once stays within bounds."""
+    batch, tokens, columns = x.shape
+    rows = source.shape[-2]
+    limit, group = working_bytes, batch
+    if x.device.type == "cpu":
+        limit, group = min(limit, _CACHE_BYTES), min(batch, _CACHE_ROWS)
+    width = source.element_size()
+    composed = columns * (width if x.dtype == source.dtype else width + x.element_size())
+    spread = 0 if vectors is None else (1 + len(vectors.values)) * columns * width
+    each = group * (composed + tokens * x.element_size()) + spread
+    while each > limit and group > 1:
+        group = -(-group // 2)
+        each = group * (composed + tokens * x.element_size()) + spread
+    count = -(-rows // max(1, min(rows, limit // max(each, 1))))
+    step = -(-rows // max(count, 1))
+    tiles = [slice(start, min(start + group, batch)) for start in range(0, batch, max(group, 1))]
+    for start in range(0, rows, max(step, 1)):
+        yield slice(start, min(start + step, rows)), tiles
+
+
+def _stacked(source: Tensor, vectors: SparseVectors | None, band: slice) -> Tensor:
+    """Static weight and task vectors of a band of output rows, (1 + experts, band · in)."""
+    if vectors is None:
+        return source[:, band].flatten(1)
+    own = source[band].flatten()
+    stacked = own.new_zeros(1 + len(vectors.values), len(own))
+    stacked[0] = own
+    before = band.start * source.shape[1]
+    for k, starts in enumerate(vectors.starts):
+        first, last = int(starts[band.start]), int(starts[band.stop])
+        stacked[k + 1, vectors.indices[k, first:last].long() - before] = vectors.values[k, first:last]
+    return stacked
+
+
+def _compose(coefficients: Tensor, stacked: Tensor, x: Tensor) -> Tensor:
+    """The weights (batch, band, in) of some samples for a band of output rows, in the input's dtype."""
+    return (coefficients @ stacked).view(coefficients.shape[0], -1, x.shape[2]).to(x.dtype)

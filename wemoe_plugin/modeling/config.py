@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
@@ -13,7 +14,17 @@ from wemoe_plugin.errors import CheckpointError
 
 CONFIG_NAME = "wemoe_config.json"
 ROUTERS_NAME = "routers.safetensors"
-VERSION = 1
+VERSION = 2
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "dense": ("",),
+    "low_rank": (".down", ".up"),
+    "sparse": (".values", ".indices"),
+}
+"""What is stored for each form, as ends of the tensors' names."""
+
+NORMS = ".norms"
+"""End of the name under which a compressed form keeps ‖τₖ‖ and ‖τₖ − what is stored‖ (Frobenius), (experts, 2)."""
 
 
 class _Strict(BaseModel):
@@ -21,10 +32,11 @@ class _Strict(BaseModel):
 
 
 class RouterConfig(_Strict):
-    """A router's shape; see `wemoe_plugin.modeling.router.Router`."""
+    """A router's shape, and what it decides for; see `wemoe_plugin.modeling.router.Router`."""
 
     width: int
     depth: Literal[0, 1, 2]
+    routing: Literal["sample", "token"] = "sample"
 
 
 class LayerConfig(_Strict):
@@ -33,23 +45,45 @@ class LayerConfig(_Strict):
     Attributes:
         path: relative to the module; empty if the module is the layer.
         form: of the weight's task vectors.
-        rank: of the low-rank form.
+        ranks: of the low-rank form, one per expert.
+        count: of the sparse form, entries per expert.
         bias: whether the bias has task vectors too (always dense).
     """
 
     path: str
-    form: Literal["dense", "low_rank"]
-    rank: int | None = None
+    form: Literal["dense", "low_rank", "sparse"]
+    ranks: tuple[int, ...] | None = None
+    count: int | None = None
     bias: bool
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the names of the weight's task vectors end with, one per stored tensor."""
+        return PARTS[self.form]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.ranks is not None) != (self.form == "low_rank") or (self.count is not None) != (self.form == "sparse"):
+            raise ValueError(f"the layer {self.path}: ranks belong to low_rank, count to sparse")
+        if any(rank < 0 for rank in self.ranks or ()):
+            raise ValueError(f"the layer {self.path}: ranks cannot be negative")
+        return self
 
 
 class ModuleConfig(_Strict):
-    """An upscaled module: its path, the name of its router, λₖ per expert, its layers."""
+    """An upscaled module: its path, the name of its router, λₖ per expert, its layers.
+
+    Paths are those of the checkpoint's files; libraries may name the module otherwise.
+
+    Attributes:
+        argument: which of the module's positional arguments the router reads.
+    """
 
     path: str
     router: str
     lambdas: tuple[float, ...]
     layers: tuple[LayerConfig, ...]
+    argument: int = 0
 
 
 class WemoeConfig(_Strict):
@@ -68,6 +102,14 @@ class WemoeConfig(_Strict):
     routers: dict[str, RouterConfig]
     vector_files: tuple[str, ...]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known_version(cls, data: Any) -> Any:
+        version = data.get("version", VERSION) if isinstance(data, dict) else VERSION
+        if version != VERSION:
+            raise ValueError(f"version {version}; this package reads version {VERSION}: merge the recipe again")
+        return data
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for module in self.modules:
@@ -77,6 +119,12 @@ class WemoeConfig(_Strict):
                 raise ValueError(
                     f"the module {module.path} has {len(module.lambdas)} λ for {len(self.experts)} experts"
                 )
+            for layer in module.layers:
+                where, experts = f"{module.path}.{layer.path}".rstrip("."), len(self.experts)
+                if layer.ranks is not None and len(layer.ranks) != experts:
+                    raise ValueError(f"{where} has {len(layer.ranks)} ranks for {experts} experts")
+                if self.routers[module.router].routing == "token" and layer.form != "low_rank":
+                    raise ValueError(f"{where}: token routing needs low-rank task vectors")
         if any(Path(name).name != name for name in self.vector_files):
             raise ValueError("a file of task vectors lies outside of the directory")
         return self
@@ -99,6 +147,4 @@ def read_config(directory: Path) -> WemoeConfig:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: {place + ': ' if place else ''}{first['msg']}") from None
-    if config.version != VERSION:
-        raise CheckpointError(f"{path}: version {config.version}; this package reads version {VERSION}")
     return config

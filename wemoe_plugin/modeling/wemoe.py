@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wemoe_plugin.modeling.ensembled_linear import Routing
 from wemoe_plugin.modeling.router import Router
+from wemoe_plugin.modeling.sequence import SequenceState
 
 
 class WeightEnsemblingMoE(nn.Module):
@@ -20,31 +21,65 @@ class WeightEnsemblingMoE(nn.Module):
 
     Args:
         module: the module; its Linear layers are `EnsembledLinear` and share ``routing``.
-        router: gives w, (batch, experts).
+        router: gives w, (batch, experts), or one per token, (batch, tokens, experts).
         lambdas: λₖ of the static merge; the layers get the offsets w − λ.
         routing: where the layers look for them.
+        sequence: what the model around knows of padding and of earlier tokens; None where there is neither, or where
+            the router decides per token.
+        argument: which positional argument of the module the router reads.
+        path: of the module in its model, under which ``sequence`` keeps its decisions.
+        router_name: of the router in its directory.
 
     Source: WEMoE, arXiv 2402.00433, section 3.2, equation 6, in offset form.
     """
 
     lambdas: Tensor
 
-    def __init__(self, module: nn.Module, router: Router, lambdas: Sequence[float], routing: Routing) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        router: Router,
+        lambdas: Sequence[float],
+        routing: Routing,
+        sequence: SequenceState | None = None,
+        argument: int = 0,
+        path: str = "",
+        router_name: str = "",
+    ) -> None:
         super().__init__()
         self.module = module
         self.router = router
         self.routing = routing
+        self.sequence = sequence
+        self.argument = argument
+        self.path = path
+        self.router_name = router_name
         self.register_buffer("lambdas", torch.tensor(lambdas, dtype=torch.float32))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output with each sample's own weights; takes and returns what the module does."""
-        x = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        x = self._input(args, kwargs)
         before = self.routing.offsets
-        self.routing.offsets = self.router(x) - self.lambdas
+        self.routing.offsets = self._weights(x) - self.lambdas
         try:
             return self.module(*args, **kwargs)
         finally:
             self.routing.offsets = before
+
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if len(args) > self.argument:
+            x = args[self.argument]
+        else:
+            named = [value for value in kwargs.values() if isinstance(value, Tensor)]
+            x = named[self.argument - len(args)]
+        assert isinstance(x, Tensor), "the router reads a tensor"
+        return x
+
+    def _weights(self, x: Tensor) -> Tensor:
+        if self.sequence is None:
+            weights: Tensor = self.router(x)
+            return weights
+        return self.sequence.decide(self.path, x, self.router)
 
     def __getattr__(self, name: str) -> Any:
         try:

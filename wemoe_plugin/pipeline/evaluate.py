@@ -50,7 +50,7 @@ def evaluate_directory(
     started = time.perf_counter()
     config = read_config(directory) if (directory / CONFIG_NAME).is_file() else None
     static, merged = load_static(directory, workbench.device), load_model(directory, workbench.device)
-    routers = routers_of(merged, config) if config is not None else {}
+    routers = routers_of(merged)
     tasks: dict[str, dict[str, float]] = {}
     routing: dict[str, dict[str, list[float]]] = {}
     for name in workbench.scored_tasks:

@@ -6,7 +6,6 @@ import difflib
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
 from wemoe_plugin.checkpoints.companions import copy_companions
-from wemoe_plugin.checkpoints.containment import file_in
-from wemoe_plugin.checkpoints.header import StoredTensor, read_header
+from wemoe_plugin.checkpoints.header import StoredTensor
 from wemoe_plugin.checkpoints.manifest import doubt_output, write_manifest
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
 from wemoe_plugin.checkpoints.staging import staged_directory
@@ -23,14 +21,7 @@ from wemoe_plugin.checkpoints.tensors import TORCH_DTYPE, read_as, read_stored, 
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.memory import CHUNK_ELEMENTS
 from wemoe_plugin.modeling.config import CONFIG_NAME, WemoeConfig, read_config
-
-
-@dataclass(frozen=True)
-class _Vectors:
-    """A parameter's task vectors, dense or as factors, and how much of each expert's is to be added."""
-
-    stored: tuple[StoredTensor, ...]
-    offsets: tuple[float, ...]
+from wemoe_plugin.modeling.stored import StoredVectors, stored_vectors
 
 
 def export(directory: Path, out: Path, mix: Mapping[str, float] | None, *, force: bool = False) -> int:
@@ -54,7 +45,15 @@ def export(directory: Path, out: Path, mix: Mapping[str, float] | None, *, force
         raise PlanError(f"{out}: lies in the directory that is exported; choose another one")
     if mix is None and not (directory / CONFIG_NAME).is_file():
         raise PlanError(f"{directory}: has no upscaled modules; it is a plain checkpoint already")
-    vectors = {} if mix is None else _task_vectors(directory, read_config(directory), mix)
+    vectors: dict[str, StoredVectors] = {}
+    offsets: dict[str, tuple[float, ...]] = {}
+    if mix is not None:
+        config = read_config(directory)
+        _check_names(directory, config, mix)
+        vectors = stored_vectors(directory, config)
+        for name, own in vectors.items():
+            lambdas = zip(config.experts, own.lambdas, strict=True)
+            offsets[name] = tuple(mix.get(expert, 0.0) - value for expert, value in lambdas)
     missing = sorted(set(vectors) - set(checkpoint.tensors))
     if missing:
         raise CheckpointError(f"{directory}: has task vectors for {missing[0]!r}, which its checkpoint lacks")
@@ -62,7 +61,7 @@ def export(directory: Path, out: Path, mix: Mapping[str, float] | None, *, force
     for tensor in checkpoint.tensors.values():
         assert isinstance(tensor, StoredTensor), "an output has no adapters"
         files.setdefault(tensor.file, []).append(tensor)
-    inputs = dict.fromkeys([*files, *(stored.file for v in vectors.values() for stored in v.stored)])
+    inputs = dict.fromkeys([*files, *(stored.file for v in vectors.values() for stored in v.parts)])
     with staged_directory(out, force, doubt_output) as stage, RangeReader(inputs) as reader, ExitStack() as opened:
         copy_companions(directory, stage.directory, None)
         for path, tensors in files.items():
@@ -70,7 +69,7 @@ def export(directory: Path, out: Path, mix: Mapping[str, float] | None, *, force
             target = TensorFile(stage.directory / path.name, ((t.name, t.dtype, t.shape) for t in ordered))
             opened.callback(target.close)
             for tensor in ordered:
-                for start, values in _mixed(reader, tensor, vectors.get(tensor.name)):
+                for start, values in _mixed(reader, tensor, vectors.get(tensor.name), offsets.get(tensor.name, ())):
                     write(target, tensor.name, start, values)
             target.sync()
         for index in directory.glob("*.index.json"):
@@ -99,65 +98,30 @@ def parse_mix(text: str) -> dict[str, float]:
     return mix
 
 
-def _task_vectors(directory: Path, config: WemoeConfig, mix: Mapping[str, float]) -> dict[str, _Vectors]:
-    """By the name of the parameter they move."""
+def _check_names(directory: Path, config: WemoeConfig, mix: Mapping[str, float]) -> None:
     for name in mix:
         if name not in config.experts:
             near = difflib.get_close_matches(name, config.experts, 1, 0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f" (it has {', '.join(config.experts)})"
             raise PlanError(f"{directory}: has no expert {name!r}{hint}")
-    stored: dict[str, StoredTensor] = {}
-    for name in config.vector_files:
-        path = file_in(directory, name)
-        if path is None:
-            raise CheckpointError(f"{directory / name}: no such file")
-        stored |= read_header(path)
-    found: dict[str, _Vectors] = {}
-    for module in config.modules:
-        offsets = tuple(mix.get(e, 0.0) - own for e, own in zip(config.experts, module.lambdas, strict=True))
-        for layer in module.layers:
-            where = f"{module.path}.{layer.path}".rstrip(".")
-            keys = (
-                ["weight.task_vectors"] if layer.form == "dense" else ["weight.task_vectors.A", "weight.task_vectors.B"]
-            )
-            for parameter, wanted in (("weight", keys), ("bias", ["bias.task_vectors"] if layer.bias else [])):
-                if not wanted:
-                    continue
-                absent = [key for key in wanted if f"{where}.{key}" not in stored]
-                if absent:
-                    raise CheckpointError(f"{directory}: the task vectors {f'{where}.{absent[0]}'!r} are absent")
-                found[f"{where}.{parameter}"] = _Vectors(tuple(stored[f"{where}.{key}"] for key in wanted), offsets)
-    return found
 
 
-def _mixed(reader: RangeReader, tensor: StoredTensor, vectors: _Vectors | None) -> Iterator[tuple[int, Tensor]]:
-    """Ranges of W_static + Σₖ oₖ τₖ from their first element on; of whole rows where τ is kept as factors."""
+def _mixed(
+    reader: RangeReader, tensor: StoredTensor, vectors: StoredVectors | None, offsets: tuple[float, ...]
+) -> Iterator[tuple[int, Tensor]]:
+    """Ranges of W_static + Σₖ oₖ τₖ from their first element on, of whole rows."""
     row = max(1, tensor.elements // max(1, tensor.shape[0])) if tensor.shape else 1
     step = max(row, CHUNK_ELEMENTS // row * row)
+    moving = [] if vectors is None else [(k, offset) for k, offset in enumerate(offsets) if offset]
+    experts = [] if vectors is None else [(offset, vectors.of_expert(reader, tensor.shape, k)) for k, offset in moving]
     for start in range(0, tensor.elements, step):
         count = min(step, tensor.elements - start)
         if vectors is None:
             yield start, read_stored(reader, tensor, start, count, torch.float32)
             continue
         total = read_as(reader, tensor, start, count, torch.float32)
-        for k, offset in enumerate(vectors.offsets):
-            if offset:
-                total.add_(offset * _vector(reader, tensor, vectors.stored, k, start, count))
+        for offset, vector in experts:
+            total.add_(vector(start, count), alpha=offset)
         if not torch.isfinite(total.to(TORCH_DTYPE[tensor.dtype])).all():
             raise PlanError(f"{tensor.name!r} is too large for {tensor.dtype} with this mix")
         yield start, total
-
-
-def _vector(
-    reader: RangeReader, tensor: StoredTensor, stored: tuple[StoredTensor, ...], k: int, start: int, count: int
-) -> Tensor:
-    """A range of expert k's task vector."""
-    if len(stored) == 1:
-        return read_as(reader, stored[0], k * tensor.elements + start, count, torch.float32)
-    down, up = stored
-    _, rank, columns = down.shape
-    rows = tensor.shape[0]
-    a = read_as(reader, down, k * rank * columns, rank * columns, torch.float32).view(rank, columns)
-    first, some = start // columns, count // columns
-    b = read_as(reader, up, (k * rows + first) * rank, some * rank, torch.float32).view(some, rank)
-    return (b @ a).reshape(-1)

@@ -18,6 +18,7 @@ from wemoe_plugin.merging.card import model_card
 from wemoe_plugin.merging.executor import Progress, execute_plan
 from wemoe_plugin.merging.journal import Journal
 from wemoe_plugin.merging.plan import MergePlan
+from wemoe_plugin.merging.survey import settle
 from wemoe_plugin.modeling.config import CONFIG_NAME, LayerConfig, ModuleConfig, RouterConfig, WemoeConfig
 from wemoe_plugin.recipe.loading import RecipeFile, load_recipe
 
@@ -62,7 +63,10 @@ def merge(
     made_from = _fingerprint(source, plan, device, max_memory)
     recipe = source.path.read_bytes()  # as it is now, whatever becomes of the file meanwhile
     tasks = None if source.tasks_path is None else source.tasks_path.read_bytes()
-    with staged_directory(out, force, doubt_output, made_from=made_from, resume=resume) as stage:
+    plan = settle(source, plan, jobs=jobs, max_memory=max_memory, device=device)
+    # Singular values decide about ranks, and so about the files: what a killed run left fits the same ranks only.
+    begun_from = _fingerprint(source, plan, device, max_memory)
+    with staged_directory(out, force, doubt_output, made_from=begun_from, resume=resume) as stage:
         work = stage.directory
         for left in work.iterdir():  # of the run that is resumed, only the weights are gone on with
             if left.name not in {file.name for file in plan.files}:
@@ -136,11 +140,11 @@ def _write_upscaled(plan: MergePlan, directory: Path) -> None:
 
 def _check_modules(plan: MergePlan) -> None:
     """Names and shapes cannot tell a Linear layer from all others: ask the model itself."""
-    from wemoe_plugin.modeling.attach import misplaced_layers
     from wemoe_plugin.modeling.families import FAMILIES
+    from wemoe_plugin.modeling.placement import place
 
     model = FAMILIES[plan.library].skeleton(plan.base.checkpoint.path)
-    problems = [] if model is None else misplaced_layers(model, wemoe_config(plan))
+    problems = [] if model is None else place(model, wemoe_config(plan))[1]
     if problems:
         more = f"\nand {len(problems) - 3} more" if len(problems) > 3 else ""
         cure = "\n(a rule before it, with a static method, can claim what cannot be upscaled: the first match wins)"
@@ -169,14 +173,27 @@ def wemoe_config(plan: MergePlan) -> WemoeConfig:
         layers = tuple(
             LayerConfig(
                 path=layer.path,
-                form="dense" if layer.rank is None else "low_rank",
-                rank=layer.rank,
+                form=layer.form,
+                ranks=layer.sizes if layer.form == "low_rank" else None,
+                count=layer.sizes[0] if layer.form == "sparse" else None,
                 bias=layer.path in biased,
             )
             for layer in weights
         )
-        modules.append(ModuleConfig(path=module.path, router=module.router.name, lambdas=module.lambdas, layers=layers))
-    routers = {m.router.name: RouterConfig(width=m.router.width, depth=m.router.depth) for m in plan.modules}  # type: ignore[arg-type]
+        modules.append(
+            ModuleConfig(
+                path=module.path,
+                router=module.router.name,
+                lambdas=module.lambdas,
+                layers=layers,
+                argument=module.argument,
+            )
+        )
+    planned = {module.router.name: module.router for module in plan.modules}
+    routers = {
+        name: RouterConfig(width=router.width, depth=router.depth, routing=router.routing)  # type: ignore[arg-type]
+        for name, router in planned.items()
+    }
     return WemoeConfig(
         library=plan.library,  # type: ignore[arg-type]
         experts=tuple(expert.name for expert in plan.experts),

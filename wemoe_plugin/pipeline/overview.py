@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from array import array
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +13,11 @@ from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
 from wemoe_plugin.checkpoints.containment import file_in
 from wemoe_plugin.checkpoints.header import StoredTensor, read_header
 from wemoe_plugin.checkpoints.manifest import read_manifest
+from wemoe_plugin.checkpoints.ranges import RangeReader
+from wemoe_plugin.checkpoints.sources import Source
 from wemoe_plugin.errors import CheckpointError
-from wemoe_plugin.modeling.config import CONFIG_NAME, ROUTERS_NAME, ModuleConfig, WemoeConfig, read_config
-
-
-@dataclass(frozen=True)
-class ModuleOverview:
-    """An upscaled module: parameters and bytes of its own weights and of its task vectors, by form."""
-
-    path: str
-    form: str
-    router: str
-    lambdas: tuple[float, ...]
-    static_parameters: int
-    vector_parameters: int
-    vector_bytes: int
+from wemoe_plugin.merging.module_table import ModuleRow, describe_router, describe_sizes, module_lines
+from wemoe_plugin.modeling.config import CONFIG_NAME, NORMS, ROUTERS_NAME, ModuleConfig, WemoeConfig, read_config
 
 
 @dataclass(frozen=True)
@@ -45,15 +37,15 @@ class Overview:
     experts: tuple[str, ...]
     parameters: int
     nbytes: int
-    modules: tuple[ModuleOverview, ...]
+    modules: tuple[ModuleRow, ...]
     router_parameters: int
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "modules": [vars(module) for module in self.modules]}
+        return {**vars(self), "modules": [{**vars(module), "error": module.error} for module in self.modules]}
 
 
 def read_overview(directory: Path) -> Overview:
-    """Look into an output directory; no tensor is read.
+    """Look into an output directory; no tensor is read but the norms of what compression dropped.
 
     Raises:
         CheckpointError: it is none, or is damaged.
@@ -75,26 +67,48 @@ def read_overview(directory: Path) -> Overview:
             routers = sum(tensor.elements for tensor in read_header(path).values())
         else:
             vectors |= read_header(path)
-    modules = tuple(_module(module, config, vectors, checkpoint.tensors) for module in config.modules)
+    norms = _read_norms(vectors)
+    modules = tuple(_module(module, config, vectors, norms, checkpoint.tensors) for module in config.modules)
     return Overview(library, config.experts, parameters, nbytes, modules, routers)
 
 
+def _read_norms(vectors: Mapping[str, StoredTensor]) -> dict[str, tuple[float, float]]:
+    """By the task vectors' name, √Σ ‖τ‖² and √Σ ‖dropped‖² over the experts."""
+    stored = {name.removesuffix(NORMS): tensor for name, tensor in vectors.items() if name.endswith(NORMS)}
+    found = {}
+    with RangeReader(dict.fromkeys(tensor.file for tensor in stored.values())) as reader:
+        for name, tensor in stored.items():
+            values = array("f", bytes(tensor.nbytes))
+            if tensor.dtype != "F32":
+                raise CheckpointError(f"{tensor.file}: {tensor.name!r} is {tensor.dtype}, not F32")
+            reader.fill(tensor, 0, memoryview(values).cast("B"))
+            found[name] = math.hypot(*values[::2]), math.hypot(*values[1::2])
+    return found
+
+
 def _module(
-    module: ModuleConfig, config: WemoeConfig, vectors: dict[str, StoredTensor], tensors: Any
-) -> ModuleOverview:
+    module: ModuleConfig,
+    config: WemoeConfig,
+    vectors: Mapping[str, StoredTensor],
+    norms: Mapping[str, tuple[float, float]],
+    tensors: Mapping[str, Source],
+) -> ModuleRow:
     own = [tensor for name, tensor in tensors.items() if name.startswith(f"{module.path}.")]
-    moved = [tensor for name, tensor in vectors.items() if name.startswith(f"{module.path}.")]
-    forms = sorted({layer.form if layer.rank is None else f"{layer.form} {layer.rank}" for layer in module.layers})
+    moved = {name: tensor for name, tensor in vectors.items() if name.startswith(f"{module.path}.")}
+    lost = [norms[name] for name in norms if name.startswith(f"{module.path}.")]
+    form = module.layers[0].form
+    sizes = [layer.ranks or ((layer.count,) if layer.count else ()) for layer in module.layers]
     spec = config.routers[module.router]
-    shared = "" if module.router == module.path else f", {module.router}"
-    return ModuleOverview(
+    return ModuleRow(
         module.path,
-        ", ".join(forms),
-        f"depth {spec.depth}, width {spec.width}{shared}",
+        describe_sizes(form, sizes),
+        describe_router(module.router, module.path, spec.depth, spec.width, spec.routing),
         module.lambdas,
         sum(tensor.elements for tensor in own),
-        sum(tensor.elements for tensor in moved),
-        sum(tensor.nbytes for tensor in moved),
+        sum(tensor.elements for name, tensor in moved.items() if not name.endswith((".indices", NORMS))),
+        sum(tensor.nbytes for tensor in moved.values()),
+        math.hypot(*(norm for norm, _ in lost)) if lost or form == "dense" else None,
+        math.hypot(*(dropped for _, dropped in lost)) if lost or form == "dense" else None,
     )
 
 
@@ -104,13 +118,7 @@ def overview_lines(overview: Overview, format_size: Callable[[int], str]) -> lis
     if not overview.modules:
         return [*lines, "a static merge: no module is upscaled"]
     lines += [f"experts: {', '.join(overview.experts)}", ""]
-    width = max(len(module.path) for module in overview.modules)
-    head = f"{'module':<{width}}  {'form':<14}{'weights':>12}{'task vectors':>14}{'size':>10}  {'router':<22}λ"
-    lines.append(head)
-    for m in overview.modules:
-        numbers = f"{m.static_parameters:>12,}{m.vector_parameters:>14,}{format_size(m.vector_bytes):>10}"
-        lambdas = ", ".join(f"{value:g}" for value in m.lambdas)
-        lines.append(f"{m.path:<{width}}  {m.form:<14}{numbers}  {m.router:<22}{lambdas}")
+    lines += module_lines(overview.modules, format_size)
     vectors = sum(module.vector_parameters for module in overview.modules)
     size = format_size(sum(module.vector_bytes for module in overview.modules))
     total = overview.parameters + vectors + overview.router_parameters

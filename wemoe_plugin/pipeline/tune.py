@@ -40,7 +40,7 @@ def tune_directory(
         TuningError: data or heads cannot be used, or the loss is not finite.
         CheckpointError: the directory or one of the recipe's models cannot be loaded.
     """
-    config = read_config(directory)
+    read_config(directory)
     spec = spec or workbench.source.recipe.tuning or TuningSpec()
     tasks = [_task(name, workbench, spec, say) for name in workbench.tasks]
     model = load_model(directory, workbench.device)
@@ -60,7 +60,7 @@ def tune_directory(
         seed=spec.seed,
         on_check=on_check,
     )
-    save_routers(directory, routers_of(model, config))
+    save_routers(directory, routers_of(model))
     changed = [ROUTERS_NAME]
     for name in RESULT_NAMES:  # they were those of other routers
         (directory / name).unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 _MLP_LAYERS: tuple[frozenset[str], ...] = tuple(
@@ -47,7 +47,8 @@ def find_modules(keyword: str, tensor_names: Iterable[str]) -> list[str]:
     """Paths of the MLPs or attention blocks of a network, found from the names of its tensors.
 
     An MLP is a module whose tensors all lie in its own layers and which has all the layers of one known family
-    (``fc1`` and ``fc2``, ``gate_proj``, ``up_proj`` and ``down_proj``, ...); an attention block likewise.
+    (``fc1`` and ``fc2``, ``gate_proj``, ``up_proj`` and ``down_proj``, ...); an attention block likewise. BERT's MLP
+    is two modules, ``intermediate`` and ``output``.
     """
     children: dict[str, set[str]] = {}
     deep: set[str] = set()
@@ -59,7 +60,26 @@ def find_modules(keyword: str, tensor_names: Iterable[str]) -> list[str]:
             if len(parts) - length > 2:
                 deep.add(prefix)
     families = _MLP_LAYERS if keyword == "mlp" else _ATTENTION_LAYERS
-    return [p for p, found in children.items() if p and p not in deep and any(f <= found for f in families)]
+    modules = [p for p, found in children.items() if p and p not in deep and any(f <= found for f in families)]
+    if keyword == "mlp":
+        for path in children:
+            if (half := first_half(path, children)) is not None:
+                modules += [half, path]
+    return modules
+
+
+def first_half(path: str, known: Container[str]) -> str | None:
+    """The ``intermediate`` beside an ``output``, the two halves of an MLP in BERT and its kin; None for other paths.
+
+    Args:
+        path: of a module.
+        known: names of tensors, or of modules.
+    """
+    outer, _, last = path.rpartition(".")
+    half = f"{outer}.intermediate"
+    if last != "output" or not any(f"{half}.dense{end}" in known for end in ("", ".weight")):
+        return None
+    return half if any(f"{path}.dense{end}" in known for end in ("", ".weight")) else None
 
 
 @dataclass(frozen=True)

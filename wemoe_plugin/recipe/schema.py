@@ -45,6 +45,14 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _multiple(value: Any) -> float:
+    """Read ``1.3x``."""
+    text = value if isinstance(value, str) else ""
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?x", text) or float(text[:-1]) <= 1:
+        raise ValueError("expected a multiple of the base's parameters above 1, such as 1.3x")
+    return float(text[:-1])
+
+
 Positive = Annotated[int, Field(ge=1, strict=True), BeforeValidator(_number)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True), BeforeValidator(_number)]
 ParameterSetting = Annotated[Setting, BeforeValidator(parse_setting)]
@@ -64,30 +72,45 @@ class RouterSpec(Strict):
         depth: 2, Linear-ReLU-Linear; 1, one Linear; 0, a constant vector (layer-wise AdaMerging).
         init_lambda: the weight of every task vector before tuning; default the recipe's ``lambda``.
         shared: one router for all modules of the rule (E-WEMoE, arXiv 2410.21804).
+        routing: what has weights of its own: each ``sample``, or each ``token``, with low-rank task vectors only.
     """
 
     depth: Annotated[Literal[0, 1, 2], BeforeValidator(_number)] = 2
     init_lambda: Number | None = None
     shared: Annotated[bool, Field(strict=True)] = False
+    routing: Literal["sample", "token"] = "sample"
 
 
 class TaskVectorSpec(Strict):
     """How a rule's task vectors are stored.
 
     Attributes:
-        form: ``dense``, or ``low_rank`` by truncated singular value decomposition.
-        rank: singular values kept per tensor; only with ``low_rank``.
+        form: ``dense``; ``low_rank``, by truncated singular value decomposition or as LoRA experts' own factors;
+            ``sparse``, the largest entries by magnitude (E-WEMoE, arXiv 2410.21804).
+        rank: for ``low_rank``: singular values kept per tensor and expert, at most.
+        energy: for ``low_rank`` instead: as many as keep this share of the sum of their squares, per tensor and expert.
+        max_parameters: for ``low_rank`` instead: the whole model has at most this many times the base's parameters;
+            ranks go where singular values are largest.
+        density: for ``sparse``: the share of entries that is kept, per tensor and expert.
     """
 
-    form: Literal["dense", "low_rank"] = "dense"
+    form: Literal["dense", "low_rank", "sparse"] = "dense"
     rank: Positive | None = None
+    energy: Annotated[Number, Field(gt=0, le=1)] | None = None
+    max_parameters: Annotated[float, BeforeValidator(_multiple)] | None = None
+    density: Annotated[Number, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
-    def _rank_belongs_to_low_rank(self) -> Self:
-        if self.form == "low_rank" and self.rank is None:
-            raise ValueError("form low_rank needs a rank, such as rank: 16")
-        if self.form == "dense" and self.rank is not None:
-            raise ValueError("rank is for form: low_rank")
+    def _sizes_belong_to_their_form(self) -> Self:
+        ranks = [name for name in ("rank", "energy", "max_parameters") if getattr(self, name) is not None]
+        if self.form == "low_rank" and len(ranks) != 1:
+            given = f"; it has {' and '.join(ranks)}" if ranks else ""
+            raise ValueError(f"form low_rank needs one of rank: 16, energy: 0.95 and max_parameters: 1.3x{given}")
+        if self.form != "low_rank" and ranks:
+            raise ValueError(f"{ranks[0]} is for form: low_rank")
+        if (self.form == "sparse") != (self.density is not None):
+            missing = self.form == "sparse"
+            raise ValueError("form sparse needs a density, such as 0.1" if missing else "density is for form: sparse")
         return self
 
 
@@ -99,6 +122,13 @@ class RuleParameters(BaseModel):
 
     router: RouterSpec | None = None
     task_vectors: TaskVectorSpec | None = None
+
+    @model_validator(mode="after")
+    def _tokens_need_low_rank(self) -> Self:
+        form = self.task_vectors.form if self.task_vectors is not None else "dense"
+        if self.router is not None and self.router.routing == "token" and form != "low_rank":
+            raise ValueError(f"routing: token needs form: low_rank, not {form}: composed weights are one sample's")
+        return self
 
     @property
     def settings(self) -> Mapping[str, Setting]:

@@ -1,0 +1,66 @@
+"""Every architecture the documents name: merged, loaded, and compared by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ROWS, Row, family, merged, route, same
+
+from wemoe_plugin.errors import PlanError
+from wemoe_plugin.modeling.loading import load_model, load_static
+from wemoe_plugin.modeling.wemoe import wemoe_modules
+
+architectures = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+FORMS = {
+    "dense": "{form: dense}",
+    "low_rank": "{form: low_rank, rank: 1000}",
+    "sparse": "{form: sparse, density: 1.0}",
+}
+
+
+@architectures
+@pytest.mark.parametrize("form", FORMS)
+def test_mlps(tmp_path: Path, row: Row, form: str) -> None:
+    base, experts = family(row, tmp_path, row.mlp)
+    out = merged(tmp_path, "mlp", f"{{task_vectors: {FORMS[form]}}}")
+    model = load_model(out)
+    assert len(list(wemoe_modules(model))) == row.mlps
+    assert same(model, load_static(out))
+    assert not same(model, base)
+    for k, expert in enumerate(experts):
+        route(model, torch.eye(2)[k])
+        assert same(model, expert)
+    route(model, torch.zeros(2))
+    assert same(model, base)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS.values() if row.attention], ids=[k for k in ROWS if ROWS[k].attention]
+)
+def test_attention(tmp_path: Path, row: Row) -> None:
+    assert row.attention is not None
+    _, experts = family(row, tmp_path, row.attention)
+    out = merged(tmp_path, "attention", "{router: {depth: 1}}")
+    model = load_model(out)
+    assert len(list(wemoe_modules(model))) == row.attentions
+    assert same(model, load_static(out))
+    route(model, torch.eye(2)[1])
+    assert same(model, experts[1])
+    assert not same(model, experts[0])
+
+
+def test_attention_of_a_timm_tower(tmp_path: Path) -> None:
+    row = ROWS["open_clip with a timm tower"]
+    _, experts = family(row, tmp_path, r"\.attn\.(qkv|proj)\.")
+    model = load_model(merged(tmp_path, "visual.**.attn", "{router: {depth: 1}}"))
+    assert len(list(wemoe_modules(model))) == 6
+    route(model, torch.eye(2)[0])
+    assert same(model, experts[0])
+
+
+def test_fused_attention_is_refused_and_the_rest_stays_possible(tmp_path: Path) -> None:
+    family(ROWS["open_clip"], tmp_path, "mlp")
+    with pytest.raises(PlanError, match=r"in_proj_weight belongs to an nn\.MultiheadAttention.*leave it to a static"):
+        merged(tmp_path, "attention", "{}")

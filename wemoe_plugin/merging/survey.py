@@ -1,0 +1,189 @@
+"""Look at the task vectors before they are merged: to choose ranks by singular values, and to see what is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from wemoe_plugin.checkpoints.ranges import RangeReader
+from wemoe_plugin.errors import PlanError
+from wemoe_plugin.merging.executor import one_thread_per_operation
+from wemoe_plugin.merging.memory import available_processors, operation_memory
+from wemoe_plugin.merging.operations import Compress
+from wemoe_plugin.merging.plan import MergePlan, is_parameter, plan_merge
+from wemoe_plugin.recipe.loading import RecipeFile
+from wemoe_plugin.recipe.schema import TaskVectorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wemoe_plugin.merging.tensor_worker import TensorWorker
+
+Progress = Callable[[int], None]
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What compression drops of one expert's task vector of one weight.
+
+    Attributes:
+        module: the upscaled module.
+        form: of the task vector.
+        norm: ‖τ‖ (Frobenius).
+        dropped: ‖τ − what is kept‖.
+    """
+
+    module: str
+    form: str
+    norm: float
+    dropped: float
+
+
+def settle(
+    source: RecipeFile,
+    plan: MergePlan,
+    *,
+    jobs: int | None = None,
+    max_memory: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> MergePlan:
+    """Choose the ranks that depend on singular values (``energy``, ``max_parameters``).
+
+    Args:
+        source: the recipe.
+        plan: of the recipe.
+        jobs: threads; default all processors.
+        max_memory: bytes of all buffers together.
+        device: where singular values are computed, a name of torch's.
+        progress: told about input bytes as they are done.
+
+    Returns:
+        The plan with these ranks; the plan itself if it is settled.
+
+    Raises:
+        PlanError: ``max_parameters`` leaves no room for a rank of one.
+        CheckpointError: an input holds NaN or infinity, or was changed meanwhile.
+    """
+    if plan.settled:
+        return plan
+    specs = _specs(source, plan)
+    wanted = [o for o in _compressions(plan) if _depends_on_values(specs[o.output.name])]
+    spectra = _each(plan, wanted, lambda worker, o: worker.singular_values(o), jobs, max_memory, device, progress)
+    chosen = _by_energy(wanted, spectra, specs) | _by_budget(plan, wanted, spectra, specs)
+    ranks: dict[str, list[int]] = {}
+    for operation, rank in zip(wanted, (chosen[i] for i in range(len(wanted))), strict=True):
+        ranks.setdefault(operation.output.name, [0] * len(plan.experts))[operation.place] = rank
+    return plan_merge(source, plan.shard_bytes, plan.seed, {name: tuple(own) for name, own in ranks.items()})
+
+
+def losses(
+    plan: MergePlan, *, jobs: int | None = None, device: str = "cpu", progress: Progress | None = None
+) -> list[Loss]:
+    """Compress every task vector that the plan compresses, keeping only what is lost.
+
+    Args:
+        plan: a settled plan.
+        jobs: threads; default all processors.
+        device: where, a name of torch's.
+        progress: told about input bytes as they are done.
+    """
+    paths = {layer.tensor: module.path for module in plan.modules for layer in module.layers}
+    wanted = _compressions(plan)
+    norms = _each(plan, wanted, lambda worker, o: worker.compressed(o)[2].tolist(), jobs, None, device, progress)
+    return [Loss(paths[o.output.name], o.form, *pair) for o, pair in zip(wanted, norms, strict=True)]
+
+
+def _compressions(plan: MergePlan) -> list[Compress]:
+    return [operation for operation in plan.operations if isinstance(operation, Compress)]
+
+
+def _specs(source: RecipeFile, plan: MergePlan) -> dict[str, TaskVectorSpec]:
+    """How a rule wants the task vectors of each weight."""
+    rules = source.recipe.rules
+    return {
+        layer.tensor: rules[module.rule].parameters.task_vectors or TaskVectorSpec()
+        for module in plan.modules
+        for layer in module.layers
+    }
+
+
+def _depends_on_values(spec: TaskVectorSpec) -> bool:
+    return spec.energy is not None or spec.max_parameters is not None
+
+
+def _by_energy(
+    wanted: Sequence[Compress], spectra: Sequence[Tensor], specs: Mapping[str, TaskVectorSpec]
+) -> dict[int, int]:
+    from wemoe_plugin.task_vectors.ranks import rank_for_energy
+
+    chosen = {}
+    for i, (operation, values) in enumerate(zip(wanted, spectra, strict=True)):
+        energy = specs[operation.output.name].energy
+        if energy is not None:
+            chosen[i] = rank_for_energy(values, energy)
+    return chosen
+
+
+def _by_budget(
+    plan: MergePlan, wanted: Sequence[Compress], spectra: Sequence[Tensor], specs: Mapping[str, TaskVectorSpec]
+) -> dict[int, int]:
+    from wemoe_plugin.task_vectors.ranks import allot_ranks
+
+    limited = [i for i, operation in enumerate(wanted) if specs[operation.output.name].max_parameters is not None]
+    if not limited:
+        return {}
+    multiples = {specs[wanted[i].output.name].max_parameters for i in limited}
+    if len(multiples) > 1:
+        shown = ", ".join(f"{multiple:g}x" for multiple in sorted(multiples))  # type: ignore[type-var]
+        raise PlanError(f"max_parameters is one limit for the whole model; the rules give several: {shown}")
+    (multiple,) = multiples
+    assert multiple is not None
+    own = {part.name for i in limited for part in wanted[i].parts}
+    stored = (tensor for file in plan.vector_files for tensor in file.tensors)
+    others = sum(tensor.elements for tensor in stored if is_parameter(tensor.name) and tensor.name not in own)
+    room = int(multiple * plan.base_parameters) - plan.base_parameters - plan.router_parameters - others
+    costs = [sum(wanted[i].output.shape) for i in limited]
+    try:
+        ranks = allot_ranks([spectra[i] for i in limited], costs, room)
+    except ValueError:
+        least = (plan.base_parameters + plan.router_parameters + others + sum(costs)) / plan.base_parameters
+        raise PlanError(
+            f"max_parameters: {multiple:g}x leaves no room: base, routers and task vectors of rank one are "
+            f"{least:.3f}x already; shared or shallower routers are smaller"
+        ) from None
+    return dict(zip(limited, ranks, strict=True))
+
+
+def _each(
+    plan: MergePlan,
+    operations: Sequence[Compress],
+    look: Callable[[TensorWorker, Compress], _Result],
+    jobs: int | None,
+    max_memory: int | None,
+    device: str,
+    progress: Progress | None,
+) -> list[_Result]:
+    """What a function sees in each task vector, in the operations' order."""
+    from wemoe_plugin.merging.tensor_worker import TensorWorker
+
+    jobs = jobs or available_processors()
+    largest = max((operation_memory(o, o.output.elements, plan.dtype) for o in operations), default=1)
+    if max_memory is not None:
+        jobs = max(1, min(jobs, max_memory // largest))
+    with RangeReader(plan.stamps) as reader:
+        worker = TensorWorker(plan.dtype, device, reader, {})
+
+        def run(operation: Compress) -> _Result:
+            result = look(worker, operation)
+            if progress is not None:
+                progress(sum(source.nbytes for source in operation.sources))
+            return result
+
+        with one_thread_per_operation(), ThreadPoolExecutor(jobs, thread_name_prefix="survey") as pool:
+            results = list(pool.map(run, operations))
+        reader.check_unchanged()
+    return results

@@ -1,0 +1,126 @@
+"""Where in a model the modules of a configuration are, and whether they can be upscaled there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from wemoe_plugin.modeling.config import LayerConfig, ModuleConfig, WemoeConfig
+from wemoe_plugin.modeling.naming import is_conv1d, live_names
+
+
+@dataclass(frozen=True)
+class PlacedLayer:
+    """A Linear layer: its path in the model, its name in the checkpoint, its configuration."""
+
+    path: str
+    name: str
+    config: LayerConfig
+
+
+@dataclass(frozen=True)
+class PlacedModule:
+    """A module to upscale.
+
+    Attributes:
+        path: in the model.
+        config: of the module; of the first, where the model holds several of the checkpoint's modules in one.
+        layers: its Linear layers.
+        argument: which of its positional arguments the router reads.
+    """
+
+    path: str
+    config: ModuleConfig
+    layers: tuple[PlacedLayer, ...]
+    argument: int
+
+
+def place(model: nn.Module, config: WemoeConfig) -> tuple[list[PlacedModule], list[str]]:
+    """Find the modules of a configuration in a model; looks at no weights.
+
+    Modules that the library holds in one (ViT's ``intermediate`` and ``output`` are one ``mlp`` in transformers 5)
+    become one, if one router decides for them.
+
+    Returns:
+        The modules, and what keeps others from being upscaled, one line each.
+    """
+    wanted = [_layer_name(module, layer) + ".weight" for module in config.modules for layer in module.layers]
+    live = live_names(model, wanted)
+    placed: dict[str, PlacedModule] = {}
+    problems: list[str] = []
+    for module in config.modules:
+        missing = next((layer for layer in module.layers if f"{_layer_name(module, layer)}.weight" not in live), None)
+        if missing is not None:
+            problems.append(
+                f"this {type(model).__name__} has no layer of its own for {_layer_name(module, missing)!r}: it is "
+                "another model than the recipe's, or its library fuses what the files keep apart"
+            )
+            continue
+        found = _place(module, live)
+        if found is None:
+            problems.append(f"the layers of {module.path} lie in different modules of this {type(model).__name__}")
+        elif (trouble := _unfit(model, found)) is not None:
+            problems.append(trouble)
+        elif found.path not in placed:
+            placed[found.path] = found
+        elif _act_as_one(placed[found.path].config, module):
+            earlier = placed[found.path]
+            placed[found.path] = replace(earlier, layers=earlier.layers + found.layers)
+        else:
+            problems.append(
+                f"{placed[found.path].config.path} and {module.path} are one module in this {type(model).__name__}, "
+                "which has one router: match them together, by the keyword mlp"
+            )
+    paths = set(placed)
+    for path in sorted(paths):
+        around = next((other for other in paths if path.startswith(f"{other}.")), None)
+        if around is not None:
+            problems.append(f"{path} lies inside {around}, which is upscaled too; upscale one")
+    return list(placed.values()), problems
+
+
+def _layer_name(module: ModuleConfig, layer: LayerConfig) -> str:
+    return f"{module.path}.{layer.path}".rstrip(".")
+
+
+def _place(module: ModuleConfig, live: dict[str, str]) -> PlacedModule | None:
+    """The module above its layers in the model, by as many levels as in the checkpoint; None if they disagree."""
+    layers = []
+    paths = set()
+    renamed = False
+    for layer in module.layers:
+        name = _layer_name(module, layer)
+        path = live[f"{name}.weight"].removesuffix(".weight")
+        above = path
+        for _ in layer.path.split(".") if layer.path else ():
+            above = above.rpartition(".")[0]
+        renamed = renamed or not path.endswith(layer.path or path.rpartition(".")[2])
+        paths.add(above)
+        layers.append(PlacedLayer(path, name, layer))
+    if len(paths) != 1:
+        return None
+    return PlacedModule(paths.pop(), module, tuple(layers), 0 if renamed else module.argument)
+
+
+def _unfit(model: nn.Module, placed: PlacedModule) -> str | None:
+    if isinstance(model.get_submodule(placed.path), nn.ModuleList | nn.ModuleDict):
+        return f"{placed.path} is a list of modules and has no forward pass; match its members, {placed.path}.*"
+    for layer in placed.layers:
+        kind = model.get_submodule(layer.path)
+        if not _is_plain_linear(kind):
+            return f"{layer.path} is a {type(kind).__name__}, not a Linear layer of its own"
+    return None
+
+
+def _act_as_one(first: ModuleConfig, second: ModuleConfig) -> bool:
+    return first.router == second.router and first.lambdas == second.lambdas
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether a layer's own forward pass applies its weight.
+
+    The projection inside of nn.MultiheadAttention is a Linear layer that is never called.
+    """
+    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return (linear and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)) or is_conv1d(module)

@@ -1,0 +1,143 @@
+"""What a model knows about its tokens and its modules do not: which are padding, and which came in earlier steps."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+CACHE_ATTRIBUTE = "wemoe_weights"
+"""Under which a key-value cache carries what was decided on its prompt: with it the decision is copied and dropped."""
+
+
+class SampleRouter(Protocol):
+    """What decides on a sample: a `wemoe_plugin.modeling.router.Router`."""
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One weight per sample and expert."""
+
+
+class SequenceState(threading.local):
+    """The forward pass of a stack of layers that is under way, as far as its routers must know of it; one per thread.
+
+    Attributes:
+        mask: which positions are tokens, not padding, (batch, positions); None if all are.
+        kept: what earlier tokens of the same sequences decided, by module; None for a new prompt.
+        decided: what this pass decides, by module.
+    """
+
+    mask: Tensor | None = None
+    kept: dict[str, Tensor] | None = None
+    decided: dict[str, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SequenceState, ()
+
+    def decide(self, path: str, x: Tensor, router: SampleRouter) -> Tensor:
+        """The weights (batch, experts) of a module: those of the prompt if it was seen, else the router's.
+
+        Args:
+            path: of the module.
+            x: its input, (batch, tokens, width).
+            router: its router.
+
+        Raises:
+            ValueError: the cache or the mask is of another batch, or the mask of other tokens.
+        """
+        if self.kept is not None and path in self.kept:
+            weights = self.kept[path]
+            if weights.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"the cache was made for {weights.shape[0]} prompts, this step has {x.shape[0]} rows: weights are "
+                    "decided on the prompt and kept with its cache"
+                )
+            return weights.to(x.device)
+        mask = self._mask_of(x)
+        weights = router(x) if mask is None else router(x, mask)
+        if self.decided is not None:
+            self.decided[path] = weights.detach()
+        return weights
+
+    def _mask_of(self, x: Tensor) -> Tensor | None:
+        if self.mask is None or x.ndim != 3:
+            return None
+        mask = self.mask[:, -x.shape[1] :]
+        if mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"the attention mask is for {list(self.mask.shape)} (batch, tokens), the upscaled module sees "
+                f"{list(x.shape[:2])}: it cannot leave padding out"
+            )
+        return mask
+
+
+def watch(model: nn.Module, path: str, states: dict[str, SequenceState]) -> SequenceState | None:
+    """The state of the stack of layers around a module, which is told about every forward pass from now on.
+
+    A stack is the nearest module around that takes token ids or embeddings and an attention mask: a ``LlamaModel``,
+    each of T5's two stacks, the text tower of a CLIP.
+
+    Args:
+        model: the whole model.
+        path: of a module in it.
+        states: of the stacks that are watched already; a new one is added.
+
+    Returns:
+        None where there is no such stack, as in a vision tower.
+    """
+    while path:
+        path = path.rpartition(".")[0]
+        if path in states:
+            return states[path]
+        stack = model.get_submodule(path)
+        taken = tuple(inspect.signature(stack.forward).parameters)
+        if "attention_mask" in taken and ("input_ids" in taken or "inputs_embeds" in taken):
+            state = states[path] = SequenceState()
+            stack.register_forward_pre_hook(_Begin(state, taken), with_kwargs=True)
+            stack.register_forward_hook(_End(state, taken), with_kwargs=True, always_call=True)
+            return state
+    return None
+
+
+class _Begin:
+    def __init__(self, state: SequenceState, names: tuple[str, ...]) -> None:
+        self.state, self.names = state, names
+
+    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        cache = given.get("past_key_values")
+        self.state.mask = _padding(given.get("attention_mask"))
+        self.state.kept, self.state.decided = None, {}
+        earlier: dict[str, Tensor] | None = getattr(cache, CACHE_ATTRIBUTE, None)
+        if earlier is not None and int(cache.get_seq_length()) > 0:  # type: ignore[union-attr]
+            self.state.kept, self.state.decided = earlier, dict(earlier)
+
+
+class _End:
+    def __init__(self, state: SequenceState, names: tuple[str, ...]) -> None:
+        self.state, self.names = state, names
+
+    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        cache = given.get("past_key_values")
+        if cache is None:
+            cache = getattr(output, "past_key_values", None)
+        if cache is not None and hasattr(cache, "get_seq_length"):
+            setattr(cache, CACHE_ATTRIBUTE, self.state.decided)
+        self.state.mask = self.state.kept = self.state.decided = None
+
+
+def _padding(mask: Any) -> Tensor | None:
+    """Which positions are tokens, (batch, positions), from whatever kind of attention mask; None if it does not tell.
+
+    A mask of queries and keys, (batch, heads, queries, keys), shows padding as keys that no query may look at.
+    """
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask.bool()
+    if mask.ndim == 4:
+        allowed = mask if not mask.is_floating_point() else mask > -1.0
+        return allowed.bool().any(2).any(1)
+    return None
