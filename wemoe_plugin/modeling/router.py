@@ -69,7 +69,7 @@ class Router(nn.Module):
         if self.constant is not None:
             return self.constant.expand(*(x.shape[:-1] if self.per_token else x.shape[:1]), -1)
         assert self.output is not None
-        hidden = x if self.hidden is None else torch.relu(self.hidden(x))
+        hidden = x if self.hidden is None else torch.relu_(self.hidden(x))
         # The last layer is linear: averaging before it gives the mean of the logits for a fraction of the work.
         if not self.per_token and mask is not None:
             shares = mask / mask.sum(1, keepdim=True).clamp_min(1)

@@ -50,7 +50,8 @@ def truncated_svd(
         down, up = _by_gram(vector.to(torch.float64), rank)
     else:
         down, up = _by_iteration(vector.to(torch.float32), rank, sample)
-    return down.to(torch.float32), up.to(torch.float32)
+    rows = torch.contiguous_format
+    return down.to(torch.float32, memory_format=rows), up.to(torch.float32, memory_format=rows)
 
 
 def singular_values(vector: Float[Tensor, "out in"]) -> Float64[Tensor, " shorter"]:
@@ -172,7 +173,7 @@ def _take_up_thread_count() -> None:
     torch.get_num_threads()
 
 
-def product_norm(down: Float[Tensor, "rank in"], up: Float[Tensor, "rank out"]) -> Tensor:
-    """‖upᵀ down‖ (Frobenius), a float64 scalar, without the product."""
+def product_norm(down: Float[Tensor, "rank in"], up: Float[Tensor, "rank out"]) -> Float64[Tensor, ""]:
+    """‖upᵀ down‖ (Frobenius), a scalar, without that matrix itself."""
     first, second = down.to(torch.float64), up.to(torch.float64)
-    return ((first @ first.T) * (second @ second.T)).sum().clamp_min(0).sqrt()
+    return ((first @ first.T) * (second @ second.T)).sum().clamp_min(0.0).sqrt()
