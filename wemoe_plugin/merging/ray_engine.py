@@ -160,7 +160,11 @@ def carry_out(held: list[Any], batch: Batch) -> None:
     with ExitStack() as stack:
         places = _opened_outputs(job, operations, stack)
         reader = stack.enter_context(RangeReader(inputs, job.folder))
-        worker = make_worker(plan.operations, plan.dtype, job.device, reader, places)
+        try:
+            worker = make_worker(plan.operations, plan.dtype, job.device, reader, places)
+        except ImportError:
+            # An earlier task of this process was stopped while it imported torch, which cannot be imported again here.
+            os._exit(1)
         stack.enter_context(one_thread_per_operation())
         for operation, piece in zip(operations, batch, strict=True):
             worker.run(operation, piece.start, piece.elements)

@@ -14,12 +14,15 @@ from torch.autograd.function import once_differentiable
 WORKING_BYTES = 256 * 2**20
 """The most that the composed weights of one layer take at a time, unless told otherwise."""
 
-_CACHE_BYTES = 8 * 2**20
+_CACHE_BYTES = 6 * 2**20
 """What a CPU composes at a time, however much it may: a tile that stays in the cache, below the size from which the
 allocator fetches fresh pages for every use, is nearly twice as fast as one of 64 MiB (benchmarks/LOG.md)."""
 
 _CACHE_ROWS = 32
 """Samples that a CPU composes at a time: of more, a tile would be too narrow for fast products."""
+
+_EVEN_ROWS = 16
+"""Bands have a multiple of so many output rows: products of odd sizes are slower by a sixth."""
 
 
 class SparseVectors(NamedTuple):
@@ -119,10 +122,12 @@ class _Composition(torch.autograd.Function):
         ctx.source, ctx.vectors, ctx.working_bytes = source, vectors, working_bytes
         coefficients = _with_static(offsets)
         y = x.new_empty(*x.shape[:2], source.shape[-2])
+        buffer = source.new_empty(0)
         for band, tiles in _bands(x, source, vectors, working_bytes):
             stacked = _stacked(source, vectors, band)
             for rows in tiles:
-                y[rows, :, band] = x[rows] @ _compose(coefficients[rows], stacked, x).mT
+                composed, buffer = _compose(coefficients[rows], stacked, x, buffer)
+                y[rows, :, band] = x[rows] @ composed.mT
         return y
 
     @staticmethod
@@ -133,12 +138,14 @@ class _Composition(torch.autograd.Function):
         coefficients = _with_static(offsets)
         grad_x = torch.zeros_like(x) if wants_x else None
         grad_coefficients = torch.zeros_like(coefficients) if wants_offsets else None
+        buffer = ctx.source.new_empty(0)
         for band, tiles in _bands(x, ctx.source, ctx.vectors, ctx.working_bytes):
             stacked = _stacked(ctx.source, ctx.vectors, band)
             for rows in tiles:
                 part = grad[rows, :, band]
                 if grad_x is not None:
-                    grad_x[rows] += part @ _compose(coefficients[rows], stacked, x)
+                    composed, buffer = _compose(coefficients[rows], stacked, x, buffer)
+                    grad_x[rows] += part @ composed
                 if grad_coefficients is not None:
                     outer = (part.mT @ x[rows]).flatten(1).to(stacked.dtype)
                     grad_coefficients[rows] += outer @ stacked.T
@@ -167,10 +174,11 @@ def _bands(
     while each > limit and group > 1:
         group = -(-group // 2)
         each = group * (composed + tokens * x.element_size()) + spread
-    count = -(-rows // max(1, min(rows, limit // max(each, 1))))
-    step = -(-rows // max(count, 1))
+    step = max(1, min(rows, limit // max(each, 1)))
+    if step > _EVEN_ROWS:
+        step = step // _EVEN_ROWS * _EVEN_ROWS
     tiles = [slice(start, min(start + group, batch)) for start in range(0, batch, max(group, 1))]
-    for start in range(0, rows, max(step, 1)):
+    for start in range(0, rows, step):
         yield slice(start, min(start + step, rows)), tiles
 
 
@@ -188,6 +196,14 @@ def _stacked(source: Tensor, vectors: SparseVectors | None, band: slice) -> Tens
     return stacked
 
 
-def _compose(coefficients: Tensor, stacked: Tensor, x: Tensor) -> Tensor:
-    """The weights (batch, band, in) of some samples for a band of output rows, in the input's dtype."""
-    return (coefficients @ stacked).view(coefficients.shape[0], -1, x.shape[2]).to(x.dtype)
+def _compose(coefficients: Tensor, stacked: Tensor, x: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights (batch, band, in) of some samples for a band of output rows, in the input's dtype.
+
+    They are written over the last ones, ``buffer``, if they fit: fresh pages cost more than the product.
+    """
+    shape = coefficients.shape[0], stacked.shape[1]
+    if buffer.numel() < shape[0] * shape[1]:
+        buffer = stacked.new_empty(shape[0] * shape[1])
+    flat = buffer[: shape[0] * shape[1]].view(shape)
+    torch.mm(coefficients.detach(), stacked, out=flat)  # detached: torch.export traces this with gradients on
+    return flat.view(shape[0], -1, x.shape[2]).to(x.dtype), buffer
