@@ -13,7 +13,7 @@ from architectures import ROWS, family, merged
 from torch import Tensor, nn
 
 from wemoe_plugin.modeling.loading import load_model, load_static
-from wemoe_plugin.modeling.sequence import SequenceState
+from wemoe_plugin.modeling.sequence import UNKNOWN, SequenceState, Tokens
 from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, wemoe_modules
 
 LOW_RANK = "{form: low_rank, rank: 1000}"
@@ -160,7 +160,7 @@ def test_steps_by_hand_keep_the_decision_with_the_cache(tmp_path: Path) -> None:
         torch.testing.assert_close(second[i : i + 1], expected, rtol=0, atol=1e-6)
     model(input_ids=tokens(2, 9, 3), use_cache=True)  # another prompt in between has a cache of its own
     torch.testing.assert_close(model(input_ids=ids[:, 4:], past_key_values=twin).logits, second)
-    assert model.model.layers[0].mlp.sequence.kept is None
+    assert model.model.layers[0].mlp.sequence.tokens is UNKNOWN
 
 
 @torch.no_grad()
@@ -186,10 +186,10 @@ def test_copies_watch_their_own_sequences(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_the_rows_is_refused() -> None:
     state = SequenceState()
-    state.mask = torch.ones(2, 3, dtype=torch.bool)
+    state.tokens = Tokens(torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"the attention mask is for \[2, 3\]"):
         state.decide("mlp", torch.zeros(2, 5, 4), lambda x, mask=None: x)
-    state.kept = {"mlp": torch.zeros(2, 3)}
+    state.tokens = Tokens(kept={"mlp": torch.zeros(2, 3)})
     with pytest.raises(ValueError, match="the cache was made for 2 prompts, this step has 1 rows"):
         state.decide("mlp", torch.zeros(1, 5, 4), lambda x, mask=None: x)
 

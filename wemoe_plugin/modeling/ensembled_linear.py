@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from wemoe_plugin.modeling.forms import Form, LowRankForm
+from wemoe_plugin.modeling.per_thread import PerThread
 
 
-class Routing(threading.local):
-    """The offsets of the forward pass that is under way, shared by a module's layers; one per thread.
+class Routing:
+    """The offsets of the forward pass that is under way, shared by a module's layers.
 
     Attributes:
         offsets: w − λ, (batch, experts), or with token routing (batch, tokens, experts); None outside of a forward
             pass.
     """
 
-    offsets: Tensor | None = None
+    def __init__(self) -> None:
+        self._offsets: PerThread[Tensor | None] = PerThread(None)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Routing, ()
+    @property
+    def offsets(self) -> Tensor | None:
+        return self._offsets.get()
+
+    @offsets.setter
+    def offsets(self, value: Tensor | None) -> None:
+        self._offsets.set(value)
 
 
 class EnsembledLinear(nn.Module):

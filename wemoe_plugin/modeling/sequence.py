@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import threading
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
+
+from wemoe_plugin.modeling.per_thread import PerThread
 
 CACHE_ATTRIBUTE = "wemoe_weights"
 """Under which a key-value cache carries what was decided on its prompt: with it the decision is copied and dropped."""
@@ -19,21 +20,36 @@ class SampleRouter(Protocol):
         """One weight per sample and expert."""
 
 
-class SequenceState(threading.local):
-    """The forward pass of a stack of layers that is under way, as far as its routers must know of it; one per thread.
+class Tokens(NamedTuple):
+    """What routers must know of the tokens that a stack of layers works on.
 
     Attributes:
         mask: which positions are tokens, not padding, (batch, positions); None if all are.
         kept: what earlier tokens of the same sequences decided, by module; None for a new prompt.
-        decided: what this pass decides, by module.
+        decided: what this pass decides, by module; None where nobody will ask for it.
     """
 
     mask: Tensor | None = None
     kept: dict[str, Tensor] | None = None
     decided: dict[str, Tensor] | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SequenceState, ()
+
+UNKNOWN = Tokens()
+
+
+class SequenceState:
+    """The tokens of the forward pass of a stack that is under way."""
+
+    def __init__(self) -> None:
+        self._tokens: PerThread[Tokens] = PerThread(UNKNOWN)
+
+    @property
+    def tokens(self) -> Tokens:
+        return self._tokens.get()
+
+    @tokens.setter
+    def tokens(self, value: Tokens) -> None:
+        self._tokens.set(value)
 
     def decide(self, path: str, x: Tensor, router: SampleRouter) -> Tensor:
         """The weights (batch, experts) of a module: those of the prompt if it was seen, else the router's.
@@ -46,30 +62,33 @@ class SequenceState(threading.local):
         Raises:
             ValueError: the cache or the mask is of another batch, or the mask of other tokens.
         """
-        if self.kept is not None and path in self.kept:
-            weights = self.kept[path]
+        tokens = self.tokens
+        if tokens.kept is not None and path in tokens.kept:
+            weights = tokens.kept[path]
             if weights.shape[0] != x.shape[0]:
                 raise ValueError(
                     f"the cache was made for {weights.shape[0]} prompts, this step has {x.shape[0]} rows: weights are "
                     "decided on the prompt and kept with its cache"
                 )
             return weights.to(x.device)
-        mask = self._mask_of(x)
+        mask = _mask_of(x, tokens.mask)
         weights = router(x) if mask is None else router(x, mask)
-        if self.decided is not None:
-            self.decided[path] = weights.detach()
+        if tokens.decided is not None:
+            tokens.decided[path] = weights.detach()
         return weights
 
-    def _mask_of(self, x: Tensor) -> Tensor | None:
-        if self.mask is None or x.ndim != 3:
-            return None
-        mask = self.mask[:, -x.shape[1] :]
-        if mask.shape != x.shape[:2]:
-            raise ValueError(
-                f"the attention mask is for {list(self.mask.shape)} (batch, tokens), the upscaled module sees "
-                f"{list(x.shape[:2])}: it cannot leave padding out"
-            )
-        return mask
+
+def _mask_of(x: Tensor, positions: Tensor | None) -> Tensor | None:
+    """The mask of a module's input: its last tokens', since earlier ones are in the cache."""
+    if positions is None or x.ndim != 3:
+        return None
+    mask = positions[:, -x.shape[1] :]
+    if mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"the attention mask is for {list(positions.shape)} (batch, tokens), the upscaled module sees "
+            f"{list(x.shape[:2])}: it cannot leave padding out"
+        )
+    return mask
 
 
 def watch(model: nn.Module, path: str, states: dict[str, SequenceState]) -> SequenceState | None:
@@ -107,11 +126,10 @@ class _Begin:
     def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         cache = given.get("past_key_values")
-        self.state.mask = _padding(given.get("attention_mask"))
-        self.state.kept, self.state.decided = None, {}
+        mask = _padding(given.get("attention_mask"))
         earlier: dict[str, Tensor] | None = getattr(cache, CACHE_ATTRIBUTE, None)
-        if earlier is not None and int(cache.get_seq_length()) > 0:  # type: ignore[union-attr]
-            self.state.kept, self.state.decided = earlier, dict(earlier)
+        goes_on = earlier is not None and int(cache.get_seq_length()) > 0  # type: ignore[union-attr]
+        self.state.tokens = Tokens(mask, earlier, dict(earlier or {})) if goes_on else Tokens(mask, None, {})
 
 
 class _End:
@@ -124,8 +142,8 @@ class _End:
         if cache is None:
             cache = getattr(output, "past_key_values", None)
         if cache is not None and hasattr(cache, "get_seq_length"):
-            setattr(cache, CACHE_ATTRIBUTE, self.state.decided)
-        self.state.mask = self.state.kept = self.state.decided = None
+            setattr(cache, CACHE_ATTRIBUTE, self.state.tokens.decided)
+        self.state.tokens = UNKNOWN
 
 
 def _padding(mask: Any) -> Tensor | None:
