@@ -317,12 +317,19 @@ def export_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new directory.")],
     mix: Annotated[str | None, typer.Option(help="Weights of the experts, such as digits=0.7,shapes=0.3.")] = None,
     static: Annotated[bool, typer.Option("--static", help="The static merge, without task vectors.")] = False,
+    peft: Annotated[bool, typer.Option("--peft", help="Each expert's low-rank vectors as a PEFT adapter.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a plain dense checkpoint: the static merge, or one mix of the experts for all inputs."""
-    if (mix is None) != static:
-        raise WemoeError("say what to export: --static or --mix NAME=NUMBER,...")
+    """Write a plain dense checkpoint (the static merge, or one mix of the experts), or an adapter per expert."""
+    if (mix is not None) + static + peft != 1:
+        raise WemoeError("say what to export, one of --static, --mix NAME=NUMBER,... and --peft")
+    if peft:
+        from wemoe_plugin.pipeline.adapters import export_adapters
+
+        for expert, count in export_adapters(directory, out, force=force).items():
+            speaker(quiet)(f"{expert}: {count} layers: {out / expert}" if count else f"{expert}: moves nothing here")
+        return
     from wemoe_plugin.pipeline.export import export, parse_mix
 
     changed = export(directory, out, None if mix is None else parse_mix(mix), force=force)

@@ -98,8 +98,8 @@ def test_the_static_merge_alone_has_the_same_bytes(tmp_path: Path, command: Comm
         (["--mix", "e0"], "--mix e0: expected NAME=NUMBER"),
         (["--mix", "e0=1,e0=2"], "each name once"),
         (["--mix", "e0=nan"], "expected NAME=NUMBER"),
-        ([], "say what to export: --static or --mix"),
-        (["--static", "--mix", "e0=1"], "say what to export: --static or --mix"),
+        ([], "say what to export, one of --static, --mix NAME=NUMBER,... and --peft"),
+        (["--static", "--mix", "e0=1"], "say what to export, one of --static, --mix NAME=NUMBER,... and --peft"),
     ],
 )
 def test_what_cannot_be_exported(tmp_path: Path, command: Command, options: list[str], message: str) -> None:

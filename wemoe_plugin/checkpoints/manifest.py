@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ def write_manifest(directory: Path, about: dict[str, Any]) -> None:
         directory: whole but for its manifest.
         about: what else to say, such as where the recipe stood.
     """
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != MANIFEST_NAME)
-    content = {"written_by": _WRITER, **about, "packages": package_versions(), "files": _describe(files)}
+    names = sorted(_entries(directory) - {MANIFEST_NAME})
+    content = {"written_by": _WRITER, **about, "packages": package_versions(), "files": _describe(directory, names)}
     write_atomically(directory / MANIFEST_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -44,7 +44,7 @@ def refresh_manifest(directory: Path, names: Iterable[str]) -> None:
     content = read_manifest(directory)
     present = {name for name in content["files"] if (directory / name).is_file()}
     kept = {name: entry for name, entry in content["files"].items() if name in present}
-    content["files"] = dict(sorted((kept | _describe([directory / name for name in names])).items()))
+    content["files"] = dict(sorted((kept | _describe(directory, names)).items()))
     write_atomically(directory / MANIFEST_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -74,14 +74,30 @@ def doubt_output(directory: Path) -> str | None:
         return f"this has no {MANIFEST_NAME} of ours"
     if content.get("written_by") != _WRITER:
         return f"its {MANIFEST_NAME} is not ours"
-    others = sorted({path.name for path in directory.iterdir()} - set(content["files"]) - {MANIFEST_NAME})
+    others = unlisted(directory, content["files"])
     return f"this holds {others[0]} as well" if others else None
 
 
-def _describe(files: list[Path]) -> dict[str, dict[str, Any]]:
+def unlisted(directory: Path, files: Collection[str]) -> list[str]:
+    """What a directory holds beside its manifest and the files that this names."""
+    return sorted(_entries(directory) - set(files) - {MANIFEST_NAME})
+
+
+def _entries(directory: Path) -> set[str]:
+    """Files, links and empty directories below a directory, relative to it."""
+    found = set()
+    for path in directory.rglob("*"):
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
+            found.add(path.relative_to(directory).as_posix())
+    return found
+
+
+def _describe(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    names = list(names)
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(sha256_of, files)
-    return {p.name: {"bytes": p.stat().st_size, "sha256": d} for p, d in zip(files, digests, strict=True)}
+        digests = pool.map(sha256_of, [directory / name for name in names])
+    sizes = [(directory / name).stat().st_size for name in names]
+    return {n: {"bytes": size, "sha256": d} for n, size, d in zip(names, sizes, digests, strict=True)}
 
 
 def package_versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -125,6 +126,9 @@ class WemoeConfig(_Strict):
                     raise ValueError(f"{where} has {len(layer.ranks)} ranks for {experts} experts")
                 if self.routers[module.router].routing == "token" and layer.form != "low_rank":
                     raise ValueError(f"{where}: token routing needs low-rank task vectors")
+        for expert in self.experts:
+            if not re.fullmatch(r"[\w.-]+", expert) or not expert.strip("."):
+                raise ValueError(f"{expert!r:.100} cannot be the name of an expert")
         if any(Path(name).name != name for name in self.vector_files):
             raise ValueError("a file of task vectors lies outside of the directory")
         return self

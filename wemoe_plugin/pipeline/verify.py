@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wemoe_plugin.checkpoints.manifest import MANIFEST_NAME, read_manifest, sha256_of
+from wemoe_plugin.checkpoints.manifest import read_manifest, sha256_of, unlisted
 from wemoe_plugin.modeling.config import CONFIG_NAME
 from wemoe_plugin.modeling.loading import load_model, load_static
 from wemoe_plugin.modeling.samples import outputs_by_row, sample_inputs
@@ -78,7 +78,7 @@ def _manifest(directory: Path) -> Check:
         described = isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry)
         if not described or path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
             return Check(promise, False, f"{name} has been changed")
-    others = sorted({path.name for path in directory.iterdir()} - set(files) - {MANIFEST_NAME})
+    others = unlisted(directory, files)
     return Check(promise, not others, f"{others[0]} is not in it" if others else f"{len(files)} files")
 
 

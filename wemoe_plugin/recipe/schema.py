@@ -169,8 +169,8 @@ class ModelEntry(Strict):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise ValueError("a name has letters, digits, '_', '-' and '.' only")
+        if not re.fullmatch(r"[\w.-]+", name) or not name.strip("."):
+            raise ValueError("a name has letters, digits, '_', '-' and '.' only, and not dots alone")
         return name
 
 

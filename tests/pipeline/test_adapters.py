@@ -1,0 +1,102 @@
+"""An exported adapter is the expert's low-rank task vectors, to PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from architectures import ROWS, family, same
+from models import open_clip_family
+from snapshots import tree
+
+from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.modeling.loading import load_static
+from wemoe_plugin.pipeline.adapters import export_adapters
+from wemoe_plugin.pipeline.merge import merge
+from wemoe_plugin.recipe.loading import load_recipe
+
+Command = Callable[..., tuple[int, str, str]]
+HEAD = (
+    "base_model: base\nmodels: [{model: e0}, {model: e1}]\nmerge_method: task_arithmetic\nparameters: {lambda: 0.3}\n"
+)
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+
+
+def merged(directory: Path, form: str = "{form: low_rank, rank: 1000}", match: str = "mlp") -> Path:
+    rule = f"rules: [{{match: {match}, merge_method: wemoe, parameters: {{task_vectors: {form}}}}}]\n"
+    (directory / "recipe.yaml").write_text(HEAD + rule)
+    source = load_recipe(directory / "recipe.yaml")
+    merge(source, plan_merge(source), directory / "out")
+    return directory / "out"
+
+
+@pytest.mark.parametrize("row", ["Llama", "GPT-2", "ViT", "DINOv2", "T5", "BERT", "CLIP", "open_clip"])
+def test_with_its_adapter_the_base_is_the_expert(tmp_path: Path, row: str) -> None:
+    """Of full rank, and of experts that moved in their MLPs only."""
+    base, experts = family(ROWS[row], tmp_path, ROWS[row].mlp)
+    made = export_adapters(merged(tmp_path), tmp_path / "adapters")
+    assert set(made) == {"e0", "e1"}
+    for name, expert in zip(made, experts, strict=True):
+        model = peft.PeftModel.from_pretrained(load_static(tmp_path / "base"), tmp_path / "adapters" / name)
+        assert len([n for n, _ in model.named_parameters() if "lora_A" in n]) == made[name]
+        inner = model.base_model.model
+        assert same(inner, expert)
+        assert not same(inner, base)
+    assert same(model.merge_and_unload(), experts[-1])
+
+
+def test_ranks_may_differ_and_the_factors_are_those_of_the_directory(tmp_path: Path) -> None:
+    base, _ = family(ROWS["Llama"], tmp_path, ".")
+    out = merged(tmp_path, "{form: low_rank, energy: 0.6}")
+    config = json.loads((out / "wemoe_config.json").read_text())
+    ranks = {rank for module in config["modules"] for layer in module["layers"] for rank in layer["ranks"]}
+    assert len(ranks) > 1
+    export_adapters(out, tmp_path / "adapters")
+    settings = json.loads((tmp_path / "adapters" / "e1" / "adapter_config.json").read_text())
+    assert settings["lora_alpha"] == settings["r"]
+    assert settings["alpha_pattern"] == settings["rank_pattern"] != {}
+    assert settings["base_model_name_or_path"] == "base"
+    model: Any = peft.PeftModel.from_pretrained(load_static(tmp_path / "base"), tmp_path / "adapters" / "e1")
+    from safetensors.torch import load_file
+
+    stored = load_file(out / "wemoe.safetensors")
+    layer = config["modules"][1]["layers"][2]
+    name = f"{config['modules'][1]['path']}.{layer['path']}"
+    before, rank = layer["ranks"][0], layer["ranks"][1]
+    down, up = (stored[f"{name}.weight.task_vectors.{part}"][before : before + rank] for part in ("down", "up"))
+    found = model.merge_and_unload().get_submodule(name).weight
+    expected = base.get_submodule(name).weight + up.T @ down
+    torch.testing.assert_close(found, expected)  # type: ignore[arg-type]
+
+
+def test_the_command(tmp_path: Path, command: Command) -> None:
+    open_clip_family(tmp_path)
+    out = merged(tmp_path, "{form: low_rank, rank: 2}", "visual.**.mlp")
+    status, said, err = command("export", out, tmp_path / "adapters", "--peft")
+    assert (status, err) == (0, "")
+    assert said.splitlines() == [f"{name}: 4 layers: {tmp_path / 'adapters' / name}" for name in ("e0", "e1")]
+    manifest = json.loads((tmp_path / "adapters" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {
+        f"{name}/{file}" for name in ("e0", "e1") for file in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    assert command("export", out, tmp_path / "adapters", "--peft")[0] == 2
+    assert command("export", out, tmp_path / "adapters", "--peft", "--force", "--quiet") == (0, "", "")
+    (tmp_path / "adapters" / "e0" / "mine").write_text("")
+    status, _, err = command("export", out, tmp_path / "adapters", "--peft", "--force")
+    assert status == 2
+    assert "this holds e0/mine as well" in err
+
+
+def test_other_forms_are_no_adapters(tmp_path: Path, command: Command) -> None:
+    open_clip_family(tmp_path)
+    out = merged(tmp_path, "{form: dense}")
+    before = tree(tmp_path)
+    status, _, err = command("export", out, tmp_path / "adapters", "--peft")
+    assert status == 2
+    assert "has no low-rank task vectors; only those are LoRA adapters" in err
+    assert tree(tmp_path) == before
