@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 from architectures import ROWS, family, merged
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from wemoe_plugin.modeling.loading import load_model, load_static
-from wemoe_plugin.modeling.sequence import UNKNOWN, SequenceState, Tokens
-from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, wemoe_modules
+from wemoe_plugin.modeling.sequence import UNKNOWN, SequenceState, Tokens, _padding
+from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, freeze_all_but_routers, wemoe_modules
 
 LOW_RANK = "{form: low_rank, rank: 1000}"
 DECODERS = ["Llama", "Mistral", "Qwen2", "Qwen3", "GPT-2", "T5", "Flan-T5"]
@@ -170,6 +172,39 @@ def test_beams_of_one_prompt_share_its_decision(tmp_path: Path) -> None:
     plain = folded(model, tmp_path, decided_on(model, inputs))
     chosen, _ = generated(model, inputs, num_beams=3)
     assert torch.equal(chosen, generated(plain, inputs, num_beams=3)[0])
+
+
+@pytest.mark.parametrize("row", ["Llama", "GPT-2"])
+@torch.no_grad()
+def test_a_cache_of_fixed_size_changes_nothing(tmp_path: Path, row: str) -> None:
+    """transformers then makes masks of queries and keys, over positions that are not there yet."""
+    model = wemoe(tmp_path, row)
+    ids = torch.tensor([[0, 0, 3, 4, 5], [7, 8, 9, 3, 2]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    expected = generated(model, inputs)[1]
+    torch.testing.assert_close(generated(model, inputs, cache_implementation="static")[1], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_padding_is_read_from_masks_of_queries_and_keys(additive: bool) -> None:
+    tokens = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    causal = torch.ones(4, 4).tril().bool()
+    allowed = (causal[None] & tokens[:, None, :])[:, None]
+    allowed = allowed | ~allowed.any(-1, keepdim=True)  # no empty rows
+    mask: Tensor = torch.where(allowed, 0.0, torch.finfo(torch.float32).min) if additive else allowed
+    found = _padding({"full_attention": mask, "sliding_attention": torch.zeros(3, 1, 4, 4)})
+    assert found is not None
+    assert torch.equal(found, tokens)
+
+
+def test_recomputing_in_a_backward_pass_is_refused(tmp_path: Path) -> None:
+    model: Any = wemoe(tmp_path, "Llama")
+    freeze_all_but_routers(model)
+    mlp = model.model.layers[0].mlp
+    mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)
+    loss = model(input_ids=tokens(2, 5), use_cache=False).logits.sum()
+    with pytest.raises(ValueError, match="turn gradient checkpointing off"):
+        loss.backward()
 
 
 @torch.no_grad()

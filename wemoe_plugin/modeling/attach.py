@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -59,7 +58,7 @@ def attach(model: nn.Module, path: Path | str, working_bytes: int = WORKING_BYTE
 def attach_module(
     model: nn.Module,
     placed: PlacedModule,
-    vectors: Mapping[str, Tensor],
+    vectors: dict[str, Tensor],
     router: Router,
     experts: int,
     sequence: SequenceState | None = None,
@@ -70,7 +69,8 @@ def attach_module(
     Args:
         model: any torch model.
         placed: the module.
-        vectors: task vectors by the names `wemoe_plugin.merging.upscaling` gives them.
+        vectors: task vectors by the names `wemoe_plugin.merging.upscaling` gives them; those of the module are taken
+            out, so that no second copy of all of them is ever held.
         router: shared by all modules that are attached with it.
         experts: how many there are.
         sequence: what the stack around the module tells about its tokens.
@@ -100,9 +100,7 @@ def attach_module(
     model.set_submodule(placed.path, wrapper)
 
 
-def _form(
-    linear: nn.Module, placed: PlacedLayer, vectors: Mapping[str, Tensor], experts: int, working_bytes: int
-) -> Form:
+def _form(linear: nn.Module, placed: PlacedLayer, vectors: dict[str, Tensor], experts: int, working_bytes: int) -> Form:
     layer, weight, bias = placed.config, linear.weight, linear.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
@@ -113,7 +111,7 @@ def _form(
         key = f"{placed.name}.{end}"
         if key not in vectors:
             raise CheckpointError(f"the task vectors {key!r} are not in the directory")
-        found = vectors[key]
+        found = vectors.pop(key)
         if found.shape != shape:
             raise CheckpointError(f"{key!r} has shape {list(found.shape)}, the model needs {list(shape)}")
         return found.to(device, dtype if found.is_floating_point() else None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from wemoe_plugin.checkpoints.containment import file_in
@@ -83,8 +83,8 @@ class ModuleConfig(_Strict):
     path: str
     router: str
     lambdas: tuple[float, ...]
-    layers: tuple[LayerConfig, ...]
-    argument: int = 0
+    layers: Annotated[tuple[LayerConfig, ...], Field(min_length=1)]
+    argument: Annotated[int, Field(ge=0)] = 0
 
 
 class WemoeConfig(_Strict):

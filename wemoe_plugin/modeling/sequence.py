@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from wemoe_plugin.modeling.per_thread import PerThread
@@ -24,12 +25,14 @@ class Tokens(NamedTuple):
     """What routers must know of the tokens that a stack of layers works on.
 
     Attributes:
-        mask: which positions are tokens, not padding, (batch, positions); None if all are.
+        mask: which positions are tokens, not padding, (batch, positions), earlier ones first; None if all are.
+        past: how many positions lie in the cache, before those of this pass.
         kept: what earlier tokens of the same sequences decided, by module; None for a new prompt.
         decided: what this pass decides, by module; None where nobody will ask for it.
     """
 
     mask: Tensor | None = None
+    past: int = 0
     kept: dict[str, Tensor] | None = None
     decided: dict[str, Tensor] | None = None
 
@@ -60,9 +63,15 @@ class SequenceState:
             router: its router.
 
         Raises:
-            ValueError: the cache or the mask is of another batch, or the mask of other tokens.
+            ValueError: the cache or the mask is of another batch, or the mask of other tokens; or the module is run
+                again in a backward pass.
         """
         tokens = self.tokens
+        if tokens is UNKNOWN and torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                f"{path} is computed again in the backward pass, where padding is not known: turn gradient "
+                "checkpointing off"
+            )
         if tokens.kept is not None and path in tokens.kept:
             weights = tokens.kept[path]
             if weights.shape[0] != x.shape[0]:
@@ -71,21 +80,22 @@ class SequenceState:
                     "decided on the prompt and kept with its cache"
                 )
             return weights.to(x.device)
-        mask = _mask_of(x, tokens.mask)
+        mask = _mask_of(x, tokens)
         weights = router(x) if mask is None else router(x, mask)
         if tokens.decided is not None:
             tokens.decided[path] = weights.detach()
         return weights
 
 
-def _mask_of(x: Tensor, positions: Tensor | None) -> Tensor | None:
-    """The mask of a module's input: its last tokens', since earlier ones are in the cache."""
-    if positions is None or x.ndim != 3:
+def _mask_of(x: Tensor, tokens: Tokens) -> Tensor | None:
+    """The mask of a module's input: of the positions after those in the cache; a cache of fixed size has more."""
+    if tokens.mask is None or x.ndim != 3:
         return None
-    mask = positions[:, -x.shape[1] :]
+    last = tokens.past + x.shape[1]
+    mask = tokens.mask[:, tokens.past : last] if tokens.mask.shape[1] >= last else tokens.mask[:, -x.shape[1] :]
     if mask.shape != x.shape[:2]:
         raise ValueError(
-            f"the attention mask is for {list(positions.shape)} (batch, tokens), the upscaled module sees "
+            f"the attention mask is for {list(tokens.mask.shape)} (batch, tokens), the upscaled module sees "
             f"{list(x.shape[:2])}: it cannot leave padding out"
         )
     return mask
@@ -128,8 +138,11 @@ class _Begin:
         cache = given.get("past_key_values")
         mask = _padding(given.get("attention_mask"))
         earlier: dict[str, Tensor] | None = getattr(cache, CACHE_ATTRIBUTE, None)
-        goes_on = earlier is not None and int(cache.get_seq_length()) > 0  # type: ignore[union-attr]
-        self.state.tokens = Tokens(mask, earlier, dict(earlier or {})) if goes_on else Tokens(mask, None, {})
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if earlier is not None and past > 0:
+            self.state.tokens = Tokens(mask, past, earlier, dict(earlier))
+        else:
+            self.state.tokens = Tokens(mask, past, None, {})
 
 
 class _End:
@@ -141,7 +154,7 @@ class _End:
         cache = given.get("past_key_values")
         if cache is None:
             cache = getattr(output, "past_key_values", None)
-        if cache is not None and hasattr(cache, "get_seq_length"):
+        if output is not None and hasattr(cache, "get_seq_length"):
             setattr(cache, CACHE_ATTRIBUTE, self.state.tokens.decided)
         self.state.tokens = UNKNOWN
 
@@ -149,13 +162,19 @@ class _End:
 def _padding(mask: Any) -> Tensor | None:
     """Which positions are tokens, (batch, positions), from whatever kind of attention mask; None if it does not tell.
 
-    A mask of queries and keys, (batch, heads, queries, keys), shows padding as keys that no query may look at.
+    A mask of queries and keys, (batch, heads, queries, keys), shows padding as keys that no query may look at. Queries
+    that are padding themselves may be shown to look at everything (attention kernels want no empty rows): only the last
+    query may really do so.
     """
+    if isinstance(mask, dict):  # one per kind of attention
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not isinstance(mask, Tensor):
         return None
     if mask.ndim == 2:
         return mask.bool()
     if mask.ndim == 4:
-        allowed = mask if not mask.is_floating_point() else mask > -1.0
-        return allowed.bool().any(2).any(1)
+        allowed = (mask > -1.0 if mask.is_floating_point() else mask.bool()).any(1)
+        everything = allowed.all(-1, keepdim=True)
+        everything[:, -1] = False
+        return (allowed & ~everything).any(1)
     return None

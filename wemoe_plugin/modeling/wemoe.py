@@ -60,7 +60,7 @@ class WeightEnsemblingMoE(nn.Module):
         """The module's own output with each sample's own weights; takes and returns what the module does."""
         x = self._input(args, kwargs)
         before = self.routing.offsets
-        self.routing.offsets = self._weights(x) - self.lambdas
+        self.routing.offsets = self._offsets(self._weights(x))
         try:
             return self.module(*args, **kwargs)
         finally:
@@ -80,6 +80,11 @@ class WeightEnsemblingMoE(nn.Module):
             weights: Tensor = self.router(x)
             return weights
         return self.sequence.decide(self.path, x, self.router)
+
+    def _offsets(self, weights: Tensor) -> Tensor:
+        if weights.stride(0) == 0 and weights.shape[0] > 1:  # one decision for all, which layers compose once
+            return (weights[:1] - self.lambdas).expand(weights.shape)
+        return weights - self.lambdas
 
     def __getattr__(self, name: str) -> Any:
         try:
