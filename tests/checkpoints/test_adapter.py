@@ -84,6 +84,11 @@ CASES: dict[str, tuple[type[nn.Module], Any, dict[str, Any]]] = {
     ),
     "embeddings": (LlamaForCausalLM, LLAMA, {"target_modules": ["embed_tokens", "k_proj"]}),
     "Conv1D and fused QKV": (GPT2LMHeadModel, GPT2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "biases of the factors": (
+        GPT2LMHeadModel,
+        GPT2,
+        {"target_modules": ["c_attn"], "lora_bias": True, "fan_in_fan_out": True},
+    ),
     "biases": (GPT2LMHeadModel, GPT2, {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
 }
 

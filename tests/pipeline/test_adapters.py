@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import ROWS, family, same
 from models import open_clip_family
+from safetensors.torch import load_file
 from snapshots import tree
 
 from wemoe_plugin.merging.plan import plan_merge
@@ -62,8 +63,6 @@ def test_ranks_may_differ_and_the_factors_are_those_of_the_directory(tmp_path: P
     assert settings["alpha_pattern"] == settings["rank_pattern"] != {}
     assert settings["base_model_name_or_path"] == "base"
     model: Any = peft.PeftModel.from_pretrained(load_static(tmp_path / "base"), tmp_path / "adapters" / "e1")
-    from safetensors.torch import load_file
-
     stored = load_file(out / "wemoe.safetensors")
     layer = config["modules"][1]["layers"][2]
     name = f"{config['modules'][1]['path']}.{layer['path']}"
@@ -100,3 +99,19 @@ def test_other_forms_are_no_adapters(tmp_path: Path, command: Command) -> None:
     assert status == 2
     assert "has no low-rank task vectors; only those are LoRA adapters" in err
     assert tree(tmp_path) == before
+
+
+def test_an_adapter_can_be_an_input_again(tmp_path: Path) -> None:
+    """With the base, as any adapter; its biases, and its own factors for a low-rank rule, included."""
+    _, experts = family(ROWS["open_clip"], tmp_path, ROWS["open_clip"].mlp)
+    export_adapters(merged(tmp_path), tmp_path / "adapters")
+    (tmp_path / "again.yaml").write_text(
+        "base_model: base\nmodels: [{model: base+adapters/e1}]\nmerge_method: task_arithmetic\nrules: "
+        "[{match: mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 1000}}}]\n"
+    )
+    source = load_recipe(tmp_path / "again.yaml")
+    merge(source, plan_merge(source), tmp_path / "again")
+    assert same(load_static(tmp_path / "again"), experts[1])
+    first, second = (load_file(tmp_path / name / "wemoe.safetensors") for name in ("out", "again"))
+    name = "transformer.resblocks.0.mlp.c_fc.weight.task_vectors.down"
+    assert torch.equal(first[name][len(first[name]) // 2 :], second[name])

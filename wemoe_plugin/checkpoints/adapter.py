@@ -13,7 +13,7 @@ from wemoe_plugin.checkpoints.checkpoint import Checkpoint
 from wemoe_plugin.checkpoints.containment import file_in
 from wemoe_plugin.checkpoints.conv1d import stores_transposed
 from wemoe_plugin.checkpoints.header import StoredTensor, read_header
-from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
+from wemoe_plugin.checkpoints.sources import AdaptedTensor, ShiftedTensor, Source
 from wemoe_plugin.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _WEIGHTS = "adapter_model.safetensors"
 _UNDERSTOOD = (
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "exclude_modules"),
     *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha"),
-    *("lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision"),
+    *("lora_bias", "lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision"),
     *("runtime_config", "target_modules", "task_type", "use_rslora"),
 )
 """Fields of PEFT's configuration that change nothing about s·B·A, or that are followed here."""
@@ -74,7 +74,11 @@ def apply_adapter(base: Checkpoint, adapter: Path) -> Checkpoint:
             tensors[name] = _replaced(weights, tensors[name], tensor)
     stored_transposed = config.fan_in_fan_out or stores_transposed(base.config)
     for name, factors in changes.items():
-        tensors[name] = _adapted(weights, name, modules[name], factors, tensors, config, stored_transposed)
+        if set(factors) == {"bias"}:
+            change = changes.get(f"{name.removesuffix('bias')}weight", {})
+            tensors[name] = _shifted(weights, name, modules[name], factors["bias"], change, tensors, config)
+        else:
+            tensors[name] = _adapted(weights, name, modules[name], factors, tensors, config, stored_transposed)
     return replace(base, tensors=tensors, adapter=adapter)
 
 
@@ -172,10 +176,6 @@ def _adapted(
         used = next(iter(factors.values())).name
         raise CheckpointError(f"{weights}: nothing uses {used!r}; the base has no {name!r}")
     if set(factors) != {"A", "B"}:
-        if "bias" in factors:
-            raise CheckpointError(
-                f"{weights}: {factors['bias'].name!r}: biases inside of LoRA (lora_bias) are not merged"
-            )
         (role,) = factors
         raise CheckpointError(f"{weights}: {factors[role].name!r} has no other factor beside it")
     stored, down, up = tensors[name], factors["A"], factors["B"]
@@ -190,9 +190,35 @@ def _adapted(
     if math.prod(up.shape[1:]) != rank or ((columns, rows) if transposed else (rows, columns)) != flat:
         factors_are = f"{down.name!r} {list(down.shape)} and B {list(up.shape)}"
         raise CheckpointError(f"{weights}: {factors_are} do not fit {name!r} {list(stored.shape)}")
+    return AdaptedTensor(stored, down, up, _scale(config, module, rank), transposed)
+
+
+def _shifted(
+    weights: Path,
+    name: str,
+    module: str,
+    shift: StoredTensor,
+    change: Mapping[str, StoredTensor],
+    tensors: Mapping[str, Source],
+    config: LoraConfig,
+) -> ShiftedTensor:
+    """A bias with what the second factor's own bias adds."""
+    if name not in tensors:
+        raise CheckpointError(f"{weights}: nothing uses {shift.name!r}; the base has no {name!r}")
+    if "A" not in change or not change["A"].shape or not change["A"].elements:
+        raise CheckpointError(f"{weights}: {shift.name!r} has no factors beside it")
+    stored = tensors[name]
+    if not isinstance(stored, StoredTensor):
+        raise CheckpointError(f"{weights}: {name!r} has an adapter already")
+    if stored.shape != shift.shape:
+        shapes = f"{list(shift.shape)}, the base {list(stored.shape)}"
+        raise CheckpointError(f"{weights}: {shift.name!r} has shape {shapes}")
+    return ShiftedTensor(stored, shift, _scale(config, module, change["A"].shape[0]))
+
+
+def _scale(config: LoraConfig, module: str, rank: int) -> float:
     alpha = _pattern_value(config.alpha_pattern, module, config.lora_alpha)
-    scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-    return AdaptedTensor(stored, down, up, scale, transposed)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
 
 def _pattern_value(pattern: Mapping[str, float] | None, module: str, default: float) -> float:

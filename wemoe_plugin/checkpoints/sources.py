@@ -55,7 +55,50 @@ class AdaptedTensor:
         return self.stored.nbytes + self.down.nbytes + self.up.nbytes
 
 
-Source = StoredTensor | AdaptedTensor
+@dataclass(frozen=True)
+class ShiftedTensor:
+    """b + s·c: a bias and what a LoRA change adds to it (``lora_bias``).
+
+    Attributes:
+        stored: b, (out,).
+        shift: c, (out,).
+        scale: s, that of the weight's change.
+    """
+
+    stored: StoredTensor
+    shift: StoredTensor
+    scale: float
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.stored.file, self.shift.file)
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def elements(self) -> int:
+        return self.stored.elements
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.nbytes + self.shift.nbytes
+
+
+Source = StoredTensor | AdaptedTensor | ShiftedTensor
 """Whatever a merge can read by ranges."""
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from wemoe_plugin.checkpoints.checkpoint import Checkpoint
 from wemoe_plugin.checkpoints.header import StoredTensor
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
-from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
+from wemoe_plugin.checkpoints.sources import AdaptedTensor, ShiftedTensor, Source
 
 TORCH_DTYPE: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -46,6 +46,9 @@ def read_as(reader: RangeReader, source: Source, start: int, count: int, dtype: 
     """Elements of a source in a given floating-point dtype, with its LoRA change added if it has one."""
     if isinstance(source, StoredTensor):
         return read(reader, source, start, count).to(dtype)
+    if isinstance(source, ShiftedTensor):
+        shift = read(reader, source.shift, start, count).to(dtype)
+        return read(reader, source.stored, start, count).to(dtype).add_(shift, alpha=source.scale)
     row = math.prod(source.shape[1:])
     first, last = start // row, -(-(start + count) // row)
     change = _change(reader, source, first, last, dtype).reshape(-1)[start - first * row :][:count]
