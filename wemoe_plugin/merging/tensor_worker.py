@@ -12,6 +12,7 @@ from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
 from wemoe_plugin.checkpoints.tensors import TORCH_DTYPE, read_as, read_factors, read_stored, write
 from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.elementwise import mix, task_vectors
+from wemoe_plugin.merging.memory import CHUNK_ELEMENTS
 from wemoe_plugin.merging.operations import Combine, Compress, Copy, Delegate, Operation, OutputTensor, Upscale
 from wemoe_plugin.merging.problems import buffer_differs, does_not_fit, holds, too_large
 from wemoe_plugin.task_vectors.low_rank import (
@@ -93,14 +94,19 @@ class TensorWorker:
         if (expert := operation.factors) is not None:
             down, up = self._factors(expert)
             kept = truncated_product(down, up, operation.size)
-            return *kept, _norms(product_norm(down, up), product_norm(*kept))
+            whole = product_norm(down, up)
+            if operation.size >= down.shape[0]:
+                return *kept, torch.stack([whole, torch.zeros_like(whole)])
+            rest = product_norm(torch.cat([down, kept[0]]), torch.cat([up, -kept[1]]))
+            return *kept, torch.stack([whole, rest])
         matrix = self._task_vector(operation)
         if operation.form == "sparse":
             values, indices = largest(matrix, operation.size)
-            return values, indices, _norms(matrix.norm(dtype=torch.float64), values.norm(dtype=torch.float64))
+            whole, kept_norm = _norm(matrix), _norm(values)
+            return values, indices, torch.stack([whole, (whole.square() - kept_norm.square()).clamp_min(0).sqrt()])
         down, up = truncated_svd(matrix, operation.size)
         rest = torch.addmm(matrix, up.T.to(matrix.dtype), down.to(matrix.dtype), alpha=-1)
-        return down, up, torch.stack([matrix.norm(dtype=torch.float64), rest.norm(dtype=torch.float64)])
+        return down, up, torch.stack([_norm(matrix), _norm(rest)])
 
     @torch.inference_mode()
     def singular_values(self, operation: Compress) -> Tensor:
@@ -112,6 +118,8 @@ class TensorWorker:
     def _task_vector(self, operation: Compress) -> Tensor:
         count = operation.output.elements
         (vector,) = task_vectors(self._read(operation.base, 0, count), [self._read(operation.expert, 0, count)])
+        if not _is_finite(vector):
+            raise too_large(operation.parts[0])
         return vector.view(operation.output.shape)
 
     def _factors(self, expert: AdaptedTensor) -> tuple[Tensor, Tensor]:
@@ -149,16 +157,20 @@ class TensorWorker:
         write(self.files[output.name], output.name, start, rounded)
 
 
-def _norms(whole: Tensor, kept: Tensor) -> Tensor:
-    """[‖τ‖, ‖τ − kept‖] where what is kept is orthogonal to what is dropped, as in a truncated SVD and in pruning."""
-    return torch.stack([whole, (whole.square() - kept.square()).clamp_min(0).sqrt()])
+def _norm(values: Tensor) -> Tensor:
+    """‖values‖ (Frobenius), a float64 scalar; by parts, since torch copies what it adds up in another dtype."""
+    parts = torch.split(values.reshape(-1), CHUNK_ELEMENTS)
+    whole: Tensor = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(p, dtype=torch.float64) for p in parts])
+    )
+    return whole
 
 
 def _is_finite(values: Tensor) -> bool:
-    """A finite sum shows finite values in one pass; only a suspicious one is looked at again."""
-    if not values.is_floating_point() or torch.isfinite(values.sum(dtype=torch.float64)):
+    """The extremes show it in one pass and without a copy: NaN is among them if it is anywhere."""
+    if not values.is_floating_point() or not values.numel():
         return True
-    return bool(torch.isfinite(values).all())
+    return all(bool(torch.isfinite(extreme)) for extreme in values.aminmax())
 
 
 def _check_finite(values: Tensor, source: Source) -> None:
