@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from wemoe_plugin.checkpoints.ranges import RangeReader, TensorFile
-from wemoe_plugin.errors import PlanError, WemoeError
+from wemoe_plugin.errors import WemoeError
 from wemoe_plugin.merging.journal import Journal
 from wemoe_plugin.merging.memory import (
     CHUNK_ELEMENTS,
@@ -23,6 +23,7 @@ from wemoe_plugin.merging.memory import (
     piece_memory,
 )
 from wemoe_plugin.merging.plan import MergePlan
+from wemoe_plugin.merging.problems import takes_too_much
 from wemoe_plugin.merging.work import Piece, Worker, bytes_of_piece, compare_twins, make_worker, pieces
 
 Progress = Callable[[int], None]
@@ -86,8 +87,7 @@ def execute_plan(
     needs = [piece_memory(operation, plan.dtype, chunk_elements) for operation in operations]
     largest = max(range(len(needs)), key=lambda i: needs[i])
     if max_memory is not None and needs[largest] > max_memory:
-        name = operations[largest].output.name
-        raise PlanError(f"{name!r} needs {needs[largest]:,} bytes at once; --max-memory allows {max_memory:,}")
+        raise takes_too_much(operations[largest].output, needs[largest], max_memory)
     done: frozenset[Piece] = frozenset() if journal is None else journal.done()
     work = pieces(plan, chunk_elements, done)
 

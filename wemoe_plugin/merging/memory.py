@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from wemoe_plugin.checkpoints.header import ITEM_BYTES, StoredTensor
 from wemoe_plugin.checkpoints.sources import AdaptedTensor
 from wemoe_plugin.merging.operations import Combine, Compress, Copy, Delegate, Operation
+from wemoe_plugin.task_vectors.sampling import sample_size
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements per range: small enough that a range and its sums stay in a processor's cache."""
@@ -70,8 +71,8 @@ def operation_memory(operation: Operation, count: int, dtype: str) -> int:
 
     A plain range holds the base, one input and the sum in the arithmetic's dtype, and one range as stored. Where torch
     does it, the task vector, its product and the result as written come on top; an input with an adapter adds its
-    change and its factors, a low-rank range what its decomposition takes. A method of mergekit's holds all its inputs
-    and what its kernel makes of them.
+    change and its factors. For a task vector that is compressed see `compression_memory`. A method of mergekit's holds
+    all its inputs and what its kernel makes of them.
     """
     width = ITEM_BYTES[dtype]
     if isinstance(operation, Delegate):
@@ -79,6 +80,8 @@ def operation_memory(operation: Operation, count: int, dtype: str) -> int:
         experts = inputs - (operation.base is not None)
         kernel = KERNELS[operation.method].tensors(experts, operation.output.shape)
         return int(count * ITEM_BYTES[operation.dtype] * (inputs + kernel))
+    if isinstance(operation, Compress):
+        return compression_memory(operation, dtype)
     stored = max((ITEM_BYTES[source.dtype] for source in operation.sources), default=0)
     if is_plain(operation, dtype):
         narrow = 8 if dtype == "F64" and stored < width else 0  # float32 between bfloat16 and float64, both ways
@@ -87,16 +90,59 @@ def operation_memory(operation: Operation, count: int, dtype: str) -> int:
     adapters = [source for source in operation.sources if isinstance(source, AdaptedTensor)]
     if adapters:
         needed += width * (2 * count + max(source.down.elements + source.up.elements for source in adapters))
-    if isinstance(operation, Compress):
-        needed += compression_memory(operation)
     return needed
 
 
-def compression_memory(operation: Compress) -> int:
-    """Bytes that compressing one task vector takes beside it."""
-    out_features, in_features = operation.output.shape
-    small = min(out_features, in_features)
-    return 8 * (operation.output.elements + 4 * small * small + operation.size * (out_features + in_features))
+def compression_memory(operation: Compress, dtype: str) -> int:
+    """Bytes that compressing one task vector takes at its worst moment, measured by ``benchmarks/merge_memory.py``.
+
+    LoRA factors that are cut are taken apart in float64. All else has the task vector; the largest entries are
+    found among pairs of a magnitude and a place, 16 bytes each; of a decomposition it depends on which way it goes.
+    """
+    width, rows, columns, size = ITEM_BYTES[dtype], *operation.output.shape, operation.size
+    if (expert := operation.factors) is not None:
+        return _factors_memory(expert, width, cut=size < expert.down.shape[0])
+    elements = rows * columns
+    if operation.form == "sparse":
+        return max(_reading_memory(operation, width), elements * (2 * width + 16) + size * (width + 8))
+    sample = sample_size((rows, columns), size)
+    factors = 8 * size * (rows + columns)
+    if sample is None:
+        exact = 0 if width == 8 else 8 * elements
+        small = min(rows, columns)
+        # eigenvectors and what they are computed in; then an image under them, and its basis if that is the long side
+        image = 8 * small * size + 8 * size * (rows if rows > columns else 2 * columns + size)
+        forming = exact + max(32 * small * small, image)
+    else:
+        forming = (4 * elements if width == 8 else 0) + 20 * sample * (rows + columns)
+    return max(_reading_memory(operation, width), elements * width + max(forming, elements * width + factors))
+
+
+def spectrum_memory(operation: Compress, dtype: str) -> int:
+    """Bytes that the singular values of one task vector take at their worst moment."""
+    width, rows, columns = ITEM_BYTES[dtype], *operation.output.shape
+    if (expert := operation.factors) is not None:
+        return _factors_memory(expert, width, cut=True)
+    exact = 0 if width == 8 else 8 * rows * columns
+    gram = 18 * min(rows, columns) ** 2
+    return max(_reading_memory(operation, width), rows * columns * width + exact + gram)
+
+
+def _reading_memory(operation: Compress, width: int) -> int:
+    """Bytes until a dense task vector is there: base, expert and their difference, or the expert as it is stored."""
+    base, expert = operation.base, operation.expert
+    adapter = isinstance(expert, AdaptedTensor)
+    stored = 0 if ITEM_BYTES[expert.dtype] == width else ITEM_BYTES[expert.dtype]
+    needed = base.elements * max(3 * width, (3 if adapter else 2) * width + stored)
+    if isinstance(expert, AdaptedTensor):
+        needed += 2 * width * (expert.down.elements + expert.up.elements)
+    return needed
+
+
+def _factors_memory(expert: AdaptedTensor, width: int, cut: bool) -> int:
+    """Bytes of LoRA factors, read and scaled; in float64 for their norm, or with orthonormal bases to cut them."""
+    elements, rank = expert.down.elements + expert.up.elements, expert.down.shape[0]
+    return elements * (2 * width + (22 if cut else 8)) + 64 * rank * rank
 
 
 def piece_memory(operation: Operation, dtype: str, chunk_elements: int) -> int:

@@ -22,6 +22,11 @@ def too_large(output: OutputTensor) -> PlanError:
     return PlanError(f"{output.name!r} is too large for {output.dtype}; use out_dtype: bfloat16 or float32")
 
 
+def takes_too_much(output: OutputTensor, needed: int, allowed: int) -> PlanError:
+    """A tensor that is worked on as a whole and does not fit."""
+    return PlanError(f"{output.name!r} needs {needed:,} bytes at once; --max-memory allows {allowed:,}")
+
+
 def buffer_differs(source: Source) -> CheckpointError:
     """Integer buffers cannot be merged."""
     return CheckpointError(f"{source.file}: the integer buffer {source.name!r} differs from the base's")

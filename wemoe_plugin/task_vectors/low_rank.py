@@ -11,13 +11,10 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-# Up to this side all eigenvectors of a Gram matrix take milliseconds, and the float64 result is worth them.
-SMALL_SIDE = 256
+from wemoe_plugin.task_vectors.sampling import sample_size
+
 # Chosen with benchmarks/svd_speed.py: the worst error is then 1.003 of the optimum's at the ranks that iterate.
 ITERATIONS = 8
-LEAST_OVERSAMPLING = 16
-# From about this part of the smaller side, all eigenvectors are no slower than the iteration.
-LARGEST_PART = 1 / 6
 
 
 def truncated_svd(
@@ -43,10 +40,9 @@ def truncated_svd(
 
     Source: Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
     """
-    shorter = min(vector.shape)
-    sample = rank + max(LEAST_OVERSAMPLING, rank // 2)
+    sample = sample_size((vector.shape[0], vector.shape[1]), rank)
     _take_up_thread_count()
-    if shorter <= SMALL_SIDE or sample > LARGEST_PART * shorter:
+    if sample is None:
         down, up = _by_gram(vector.to(torch.float64), rank)
     else:
         down, up = _by_iteration(vector.to(torch.float32), rank, sample)
