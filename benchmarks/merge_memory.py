@@ -20,13 +20,24 @@ from pathlib import Path
 from machine import describe_machine
 from synthetic import Shapes, transformer_shapes, write_weights
 
-LOW_RANK = "{match: mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 16}}}"
+
+def upscaled(task_vectors: str) -> str:
+    """A recipe's method and the rule that upscales its MLPs."""
+    rule = f"{{match: mlp, merge_method: wemoe, parameters: {{task_vectors: {task_vectors}}}}}"
+    return f"merge_method: task_arithmetic\nrules: [{rule}]"
+
+
 WAYS = {
     "task arithmetic": ("merge_method: task_arithmetic", 8),
     "the same, ten times": ("merge_method: task_arithmetic", 80),
     "dense wemoe": ("merge_method: task_arithmetic\nrules: [{match: mlp, merge_method: wemoe}]", 8),
     "the same, ten times ": ("merge_method: task_arithmetic\nrules: [{match: mlp, merge_method: wemoe}]", 80),
-    "low-rank wemoe": (f"merge_method: task_arithmetic\nrules: [{LOW_RANK}]", 8),
+    "low-rank wemoe": (upscaled("{form: low_rank, rank: 16}"), 8),
+    "low-rank wemoe, r 256": (upscaled("{form: low_rank, rank: 256}"), 2),
+    "low-rank wemoe, 95 %": (upscaled("{form: low_rank, energy: 0.95}"), 2),
+    "low-rank wemoe, 1.3x": (upscaled("{form: low_rank, max_parameters: 1.3x}"), 2),
+    "sparse wemoe, 10 %": (upscaled("{form: sparse, density: 0.1}"), 8),
+    "sparse wemoe, 50 %": (upscaled("{form: sparse, density: 0.5}"), 2),
     "ties": ("merge_method: ties\nparameters: {density: 0.5}", 8),
     "dare_ties": ("merge_method: dare_ties\nparameters: {density: 0.5}", 8),
     "della": ("merge_method: della\nparameters: {density: 0.5}", 8),
@@ -58,9 +69,11 @@ def run_merge(recipe: Path, out: Path) -> None:
     from wemoe_plugin.merging.memory import is_plain, peak_memory
     from wemoe_plugin.merging.operations import Delegate
     from wemoe_plugin.merging.plan import plan_merge
+    from wemoe_plugin.merging.survey import settle, survey_memory
     from wemoe_plugin.recipe.loading import load_recipe
 
-    plan = plan_merge(load_recipe(recipe))
+    source = load_recipe(recipe)
+    plan = plan_merge(source)
     # What is imported belongs to the process, not to the merge.
     if not all(is_plain(operation, plan.dtype) for operation in plan.operations):
         import wemoe_plugin.merging.tensor_worker
@@ -69,9 +82,10 @@ def run_merge(recipe: Path, out: Path) -> None:
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
     out.mkdir()
-    execute_plan(plan, out, jobs=2)
+    settled = settle(source, plan, jobs=2)
+    execute_plan(settled, out, jobs=2)
     after = memory("VmHWM")
-    predicted = peak_memory(plan.operations, plan.dtype, 2)
+    predicted = max(peak_memory(settled.operations, plan.dtype, 2), survey_memory(source, plan, 2))
     print(json.dumps({"imported": before, "merge": after - before, "predicted": predicted, "read": plan.bytes_read}))
 
 

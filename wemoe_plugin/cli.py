@@ -226,16 +226,15 @@ def plan_command(
     source, plan = _planned(recipe, shard_size)
     from wemoe_plugin.merging.memory import available_processors, peak_memory
     from wemoe_plugin.merging.plan_table import plan_json, plan_lines
+    from wemoe_plugin.merging.survey import losses, settle, survey_memory
 
     jobs = jobs or available_processors()
     lost: list[Loss] = []
     if measure:
-        from wemoe_plugin.merging.survey import losses, settle
-
         check_device(device)
         plan = settle(source, plan, jobs=jobs, device=device)
         lost = losses(plan, jobs=jobs, device=device)
-    peak = peak_memory(plan.operations, plan.dtype, jobs)
+    peak = max(peak_memory(plan.operations, plan.dtype, jobs), survey_memory(source, plan, jobs))
     if json:
         print_json(plan_json(plan, peak, lost))
         return

@@ -7,6 +7,7 @@ imported.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,8 @@ class MergePlan:
         stamps: every file that is read, as it was when the plan was made.
         seed: of the methods that draw numbers, and of the routers.
         shard_bytes: the largest file to write.
-        settled: whether all ranks are known; those that depend on singular values are upper bounds until
-            `wemoe_plugin.merging.survey.settle` has looked at these.
+        open_ranks: what will decide about ranks once `wemoe_plugin.merging.survey.settle` sees the singular values:
+            ``energy``, whose ranks are upper bounds until then, and ``max_parameters``, whose ranks are an even share.
     """
 
     base: Model
@@ -87,7 +88,12 @@ class MergePlan:
     stamps: Mapping[Path, FileStamp]
     seed: int
     shard_bytes: int | None
-    settled: bool
+    open_ranks: tuple[str, ...]
+
+    @property
+    def settled(self) -> bool:
+        """Whether all ranks are known."""
+        return not self.open_ranks
 
     @property
     def library(self) -> str:
@@ -123,6 +129,16 @@ class MergePlan:
 def is_parameter(vector_name: str) -> bool:
     """Whether what is stored for task vectors takes part in the arithmetic: positions and norms do not."""
     return not vector_name.endswith((".indices", ".norms"))
+
+
+def no_room(source: RecipeFile, multiple: float, parameters: int, base_parameters: int) -> PlanError:
+    """A limit on parameters below what ranks of one take."""
+    rule = next(i for i, r in enumerate(source.recipe.rules) if (s := r.parameters.task_vectors) and s.max_parameters)
+    where = source.where("rules", rule, "parameters", "task_vectors", "max_parameters")
+    return PlanError(
+        f"{where}: max_parameters: {multiple:g}x leaves no room: base, routers and task vectors of rank one are "
+        f"{parameters / base_parameters:.3f}x already; shared or shallower routers are smaller"
+    )
 
 
 Ranks = Mapping[str, tuple[int, ...]]
@@ -167,6 +183,7 @@ class _Planner:
         self.shard_bytes = shard_bytes
         self.seed = seed
         self.ranks = ranks
+        self.even_rank = 1
         self.tensors = base.checkpoint.tensors
         self.held = {name for model in experts for name in model.checkpoint.tensors}
         self.experts = tuple(m for m in experts if self.recipe.base_model is None or not _same(m, base))
@@ -177,6 +194,10 @@ class _Planner:
         self._check_participants()
         owners, paths = self.owners, _ = self._claim()
         modules = self._upscale(owners, paths)
+        open_ranks = tuple(sorted({kind for module in modules if (kind := self._form(module).open_rank)}))
+        if self.ranks is None and "max_parameters" in open_ranks:
+            self.even_rank = self._even_rank(modules)
+            modules = self._upscale(owners, paths)
         layers = {layer.tensor: (module, layer) for module in modules for layer in module.layers}
         in_module = {name: module for module in modules for name in module.tensors}
         operations: list[Operation] = []
@@ -207,7 +228,7 @@ class _Planner:
             stamps=stamp_files(sorted({file for source in sources for file in source.files})),
             seed=self.seed,
             shard_bytes=self.shard_bytes,
-            settled=self.ranks is not None or not any(_is_open(self._form(module)) for module in modules),
+            open_ranks=open_ranks if self.ranks is None else (),
         )
 
     def _claim(self) -> tuple[dict[str, int], dict[str, str]]:
@@ -288,29 +309,47 @@ class _Planner:
     def _sizes(self, rule: Rule) -> Callable[[str], tuple[int, ...]]:
         """Per expert, the rank of a weight's task vector or the entries of it that are kept."""
         spec = rule.parameters.task_vectors or TaskVectorSpec()
-        even = self._even_rank(spec.max_parameters) if spec.max_parameters else None
 
         def sizes(tensor_name: str) -> tuple[int, ...]:
             base = self.tensors[tensor_name]
             experts = self._inputs(tensor_name, self.experts)
             if spec.density is not None:
+                if base.elements >= 2**31:
+                    raise PlanError(
+                        f"{tensor_name} has too many elements for the sparse form, whose places have 32 bits"
+                    )
                 return (max(1, round(spec.density * base.elements)),) * len(experts)
             if self.ranks is not None and tensor_name in self.ranks:
                 return self.ranks[tensor_name]
-            most = spec.rank or even or min(base.shape)
+            most = spec.rank or (self.even_rank if spec.max_parameters else min(base.shape))
             ranks = tuple(min(most, highest_rank(expert, base)) for expert in experts)
             return ranks if any(ranks) else (1, *ranks[1:])
 
         return sizes
 
-    def _even_rank(self, multiple: float) -> int:
-        """A rank that, were it the same for every tensor of the rules with this limit, would not reach the limit."""
-        specs = [rule.parameters.task_vectors for rule in self.recipe.rules]
-        limited = [i for i, spec in enumerate(specs) if spec is not None and spec.max_parameters == multiple]
-        shapes = [self.tensors[name].shape for name, i in self.owners.items() if i in limited and name in self.held]
-        each = len(self.experts) * sum(sum(shape) for shape in shapes if len(shape) == 2)
-        total = sum(tensor.elements for tensor in self.tensors.values())
-        return max(1, int((multiple - 1) * total) // max(1, each))
+    def _even_rank(self, modules: Iterable[UpscaledModule]) -> int:
+        """The rank within ``max_parameters`` were it the same for all tensors and experts the limit is for.
+
+        Raises:
+            PlanError: there is no room for a rank of one.
+        """
+        base = sum(tensor.elements for tensor in self.tensors.values())
+        least = base + sum(router.parameters for router in {m.router.name: m.router for m in modules}.values())
+        limit, each = 0.0, 0
+        for module in modules:
+            spec = self._form(module)
+            for layer in module.layers:
+                if spec.open_rank is None or layer.form == "dense":
+                    least += sum(math.prod(shape) for name, shape in layer.vectors if is_parameter(name))
+                    continue
+                rank_one = sum(map(bool, layer.sizes)) * sum(self.tensors[layer.tensor].shape)
+                least += rank_one
+                if spec.max_parameters is not None:
+                    limit, each = spec.max_parameters, each + rank_one
+        room = int(limit * base) - least
+        if room < 0:
+            raise no_room(self.source, limit, least, base)
+        return 1 + room // each
 
     def _form(self, module: UpscaledModule) -> TaskVectorSpec:
         return self.recipe.rules[module.rule].parameters.task_vectors or TaskVectorSpec()
@@ -473,10 +512,6 @@ def _vectors(operation: Operation) -> tuple[OutputTensor, ...]:
     if isinstance(operation, Upscale):
         return (operation.vectors,)
     return operation.written if isinstance(operation, Compress) else ()
-
-
-def _is_open(spec: TaskVectorSpec) -> bool:
-    return spec.energy is not None or spec.max_parameters is not None
 
 
 def _amount(limits: tuple[int, int | None]) -> str:

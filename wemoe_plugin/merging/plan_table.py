@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wemoe_plugin.merging.module_table import ModuleRow, describe_router, describe_sizes, module_lines
-from wemoe_plugin.merging.operations import Compress, Operation
+from wemoe_plugin.merging.operations import Compress
 from wemoe_plugin.merging.plan import MergePlan, is_parameter
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def plan_lines(
         lines.append(f"{claim.label:<{width}}  {claim.method:<16}{counts}")
     if plan.base_only:
         lines += ["", f"{len(plan.base_only)} tensors that no expert has are the base's, {plan.base_only[0]} the first"]
-    wasteful = sum(_is_larger_than_dense(operation) for operation in plan.operations)
+    wasteful = _larger_than_dense(plan) if plan.settled else 0
     if wasteful:
         lines += [
             "",
@@ -88,14 +88,15 @@ def plan_lines(
         ]
     if plan.modules:
         lines += ["", *module_lines(module_rows(plan, losses), format_size)]
-        if not plan.settled:
-            lines.append("ranks are upper bounds: they are chosen by singular values; --measure shows them")
+        if plan.open_ranks:
+            known = " and ".join(_OPEN_RANKS[kind] for kind in plan.open_ranks)
+            lines.append(f"ranks are {known}: they are chosen by singular values; --measure shows them")
     parameters = f"parameters    {plan.base_parameters:,}"
     if plan.modules:
         total = plan.base_parameters + plan.vector_parameters + plan.router_parameters
         parameters += (
             f" static + {plan.vector_parameters:,} task vectors + {plan.router_parameters:,} routers = "
-            f"{'' if plan.settled else 'at most '}{total / plan.base_parameters:.2f} x the base"
+            f"{_bound(plan)}{total / plan.base_parameters:.2f} x the base"
         )
     return [
         *lines,
@@ -107,11 +108,20 @@ def plan_lines(
     ]
 
 
-def _is_larger_than_dense(operation: Operation) -> bool:
-    if not isinstance(operation, Compress) or operation.place:
-        return False
-    dense = operation.norms.shape[0] * operation.output.nbytes
-    return sum(part.nbytes for part in operation.parts) >= dense
+_OPEN_RANKS = {"energy": "upper bounds", "max_parameters": "an even share of max_parameters"}
+
+
+def _bound(plan: MergePlan) -> str:
+    return "" if plan.settled else "about " if "max_parameters" in plan.open_ranks else "at most "
+
+
+def _larger_than_dense(plan: MergePlan) -> int:
+    """How many tensors' task vectors take at least as many bytes as in the dense form."""
+    compressed = {operation.output: operation for operation in plan.operations if isinstance(operation, Compress)}
+    return sum(
+        sum(part.nbytes for part in operation.parts) >= len(plan.experts) * output.nbytes
+        for output, operation in compressed.items()
+    )
 
 
 def plan_json(plan: MergePlan, peak_memory: int, losses: Sequence[Loss] = ()) -> dict[str, Any]:

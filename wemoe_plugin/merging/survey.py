@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from wemoe_plugin.checkpoints.ranges import RangeReader
-from wemoe_plugin.errors import PlanError
+from wemoe_plugin.merging.allocator import return_large_buffers
 from wemoe_plugin.merging.executor import one_thread_per_operation
-from wemoe_plugin.merging.memory import available_processors, operation_memory
+from wemoe_plugin.merging.memory import PROCESS_BYTES, available_processors, spectrum_memory
 from wemoe_plugin.merging.operations import Compress
-from wemoe_plugin.merging.plan import MergePlan, is_parameter, plan_merge
+from wemoe_plugin.merging.plan import MergePlan, is_parameter, no_room, plan_merge
+from wemoe_plugin.merging.problems import takes_too_much
 from wemoe_plugin.recipe.loading import RecipeFile
 from wemoe_plugin.recipe.schema import TaskVectorSpec
 
@@ -65,19 +66,32 @@ def settle(
         The plan with these ranks; the plan itself if it is settled.
 
     Raises:
-        PlanError: ``max_parameters`` leaves no room for a rank of one.
+        PlanError: ``max_parameters`` leaves no room for a rank of one, or one tensor needs more than ``max_memory``.
         CheckpointError: an input holds NaN or infinity, or was changed meanwhile.
     """
     if plan.settled:
         return plan
     specs = _specs(source, plan)
-    wanted = [o for o in _compressions(plan) if _depends_on_values(specs[o.output.name])]
-    spectra = _each(plan, wanted, lambda worker, o: worker.singular_values(o), jobs, max_memory, device, progress)
-    chosen = _by_energy(wanted, spectra, specs) | _by_budget(plan, wanted, spectra, specs)
+    wanted = _open(plan, specs)
+    needed = max(spectrum_memory(operation, plan.dtype) for operation in wanted)
+    if max_memory is not None:
+        if needed > max_memory:
+            largest = next(o for o in wanted if spectrum_memory(o, plan.dtype) == needed)
+            raise takes_too_much(largest.output, needed, max_memory)
+        jobs = min(jobs or available_processors(), max_memory // needed)
+    spectra = _each(plan, wanted, lambda worker, o: worker.singular_values(o), jobs, device, progress)
+    chosen = _by_energy(wanted, spectra, specs)
+    chosen |= _by_budget(source, plan, wanted, spectra, specs, chosen)
     ranks: dict[str, list[int]] = {}
     for operation, rank in zip(wanted, (chosen[i] for i in range(len(wanted))), strict=True):
         ranks.setdefault(operation.output.name, [0] * len(plan.experts))[operation.place] = rank
     return plan_merge(source, plan.shard_bytes, plan.seed, {name: tuple(own) for name, own in ranks.items()})
+
+
+def survey_memory(source: RecipeFile, plan: MergePlan, jobs: int) -> int:
+    """Bytes above the imported process at the worst moment of `settle`; 0 if the recipe leaves no rank open."""
+    needs = [spectrum_memory(operation, plan.dtype) for operation in _open(plan, _specs(source, plan))]
+    return sum(sorted(needs, reverse=True)[:jobs]) + PROCESS_BYTES["torch"] if needs else 0
 
 
 def losses(
@@ -93,7 +107,7 @@ def losses(
     """
     paths = {layer.tensor: module.path for module in plan.modules for layer in module.layers}
     wanted = _compressions(plan)
-    norms = _each(plan, wanted, lambda worker, o: worker.compressed(o)[2].tolist(), jobs, None, device, progress)
+    norms = _each(plan, wanted, lambda worker, o: worker.compressed(o)[2].tolist(), jobs, device, progress)
     return [Loss(paths[o.output.name], o.form, *pair) for o, pair in zip(wanted, norms, strict=True)]
 
 
@@ -111,8 +125,9 @@ def _specs(source: RecipeFile, plan: MergePlan) -> dict[str, TaskVectorSpec]:
     }
 
 
-def _depends_on_values(spec: TaskVectorSpec) -> bool:
-    return spec.energy is not None or spec.max_parameters is not None
+def _open(plan: MergePlan, specs: Mapping[str, TaskVectorSpec]) -> list[Compress]:
+    """The compressions whose ranks depend on singular values."""
+    return [operation for operation in _compressions(plan) if specs[operation.output.name].open_rank is not None]
 
 
 def _by_energy(
@@ -129,32 +144,31 @@ def _by_energy(
 
 
 def _by_budget(
-    plan: MergePlan, wanted: Sequence[Compress], spectra: Sequence[Tensor], specs: Mapping[str, TaskVectorSpec]
+    source: RecipeFile,
+    plan: MergePlan,
+    wanted: Sequence[Compress],
+    spectra: Sequence[Tensor],
+    specs: Mapping[str, TaskVectorSpec],
+    settled: Mapping[int, int],
 ) -> dict[int, int]:
     from wemoe_plugin.task_vectors.ranks import allot_ranks
 
     limited = [i for i, operation in enumerate(wanted) if specs[operation.output.name].max_parameters is not None]
     if not limited:
         return {}
-    multiples = {specs[wanted[i].output.name].max_parameters for i in limited}
-    if len(multiples) > 1:
-        shown = ", ".join(f"{multiple:g}x" for multiple in sorted(multiples))  # type: ignore[type-var]
-        raise PlanError(f"max_parameters is one limit for the whole model; the rules give several: {shown}")
-    (multiple,) = multiples
+    (multiple,) = {specs[wanted[i].output.name].max_parameters for i in limited}
     assert multiple is not None
-    own = {part.name for i in limited for part in wanted[i].parts}
+    # What has its size already: base, routers, task vectors of other rules, with the ranks they have just been given.
+    open_parts = {part.name for operation in wanted for part in operation.parts}
     stored = (tensor for file in plan.vector_files for tensor in file.tensors)
-    others = sum(tensor.elements for tensor in stored if is_parameter(tensor.name) and tensor.name not in own)
-    room = int(multiple * plan.base_parameters) - plan.base_parameters - plan.router_parameters - others
+    fixed = sum(tensor.elements for tensor in stored if is_parameter(tensor.name) and tensor.name not in open_parts)
+    fixed += sum(rank * sum(wanted[i].output.shape) for i, rank in settled.items())
+    fixed += plan.base_parameters + plan.router_parameters
     costs = [sum(wanted[i].output.shape) for i in limited]
-    try:
-        ranks = allot_ranks([spectra[i] for i in limited], costs, room)
-    except ValueError:
-        least = (plan.base_parameters + plan.router_parameters + others + sum(costs)) / plan.base_parameters
-        raise PlanError(
-            f"max_parameters: {multiple:g}x leaves no room: base, routers and task vectors of rank one are "
-            f"{least:.3f}x already; shared or shallower routers are smaller"
-        ) from None
+    room = int(multiple * plan.base_parameters) - fixed
+    if room < sum(costs):
+        raise no_room(source, multiple, fixed + sum(costs), plan.base_parameters)
+    ranks = allot_ranks([spectra[i] for i in limited], costs, room)
     return dict(zip(limited, ranks, strict=True))
 
 
@@ -163,17 +177,14 @@ def _each(
     operations: Sequence[Compress],
     look: Callable[[TensorWorker, Compress], _Result],
     jobs: int | None,
-    max_memory: int | None,
     device: str,
     progress: Progress | None,
 ) -> list[_Result]:
     """What a function sees in each task vector, in the operations' order."""
     from wemoe_plugin.merging.tensor_worker import TensorWorker
 
+    return_large_buffers()
     jobs = jobs or available_processors()
-    largest = max((operation_memory(o, o.output.elements, plan.dtype) for o in operations), default=1)
-    if max_memory is not None:
-        jobs = max(1, min(jobs, max_memory // largest))
     with RangeReader(plan.stamps) as reader:
         worker = TensorWorker(plan.dtype, device, reader, {})
 

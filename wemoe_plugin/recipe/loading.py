@@ -268,6 +268,12 @@ def _inconsistencies(recipe: Recipe) -> Iterable[tuple[Location, str]]:
     needy = sorted(m for m in methods if m == "wemoe" or METHODS[m].base == "required")
     if recipe.base_model is None and needy:
         yield ("base_model",), f"is missing; {', '.join(needy)} need it"
+    vectors = {i: rule.parameters.task_vectors for i, rule in enumerate(recipe.rules)}
+    limits = {i: form.max_parameters for i, form in vectors.items() if form is not None and form.max_parameters}
+    for i, limit in limits.items():
+        if limit != (first := next(iter(limits.values()))):
+            text = f"is one limit for the whole model; an earlier rule says {first:g}x"
+            yield ("rules", i, "parameters", "task_vectors", "max_parameters"), text
     names: list[str] = []
     seen: set[str] = set()
     for i, entry in enumerate(recipe.models):

@@ -113,6 +113,11 @@ class TaskVectorSpec(Strict):
             raise ValueError("form sparse needs a density, such as 0.1" if missing else "density is for form: sparse")
         return self
 
+    @property
+    def open_rank(self) -> Literal["energy", "max_parameters"] | None:
+        """What decides about ranks by singular values, if something does."""
+        return "energy" if self.energy is not None else "max_parameters" if self.max_parameters is not None else None
+
 
 class RuleParameters(BaseModel):
     """Parameters of one rule: a static method's by name (in ``settings``), or for ``wemoe`` these two."""
