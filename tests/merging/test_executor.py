@@ -310,7 +310,8 @@ EVERYTHING = """\
 merge_method: task_arithmetic
 parameters: {lambda: 0.3}
 rules:
-  - {match: visual.**.mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 2}}}
+  - {match: visual.**.0.mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 2}}}
+  - {match: visual.**.1.mlp, merge_method: wemoe, parameters: {task_vectors: {form: sparse, density: 0.1}}}
   - {match: transformer.**.mlp, merge_method: wemoe}
   - {match: visual.**.attn, merge_method: ties, parameters: {density: 0.5}}
   - {match: transformer.**.attn, merge_method: linear}

@@ -23,6 +23,7 @@ from wemoe_plugin.merging.journal import Journal
 from wemoe_plugin.merging.memory import peak_memory
 from wemoe_plugin.merging.operations import Combine, Compress, Delegate, Upscale
 from wemoe_plugin.merging.plan import MergePlan, plan_merge
+from wemoe_plugin.merging.survey import settle
 from wemoe_plugin.merging.work import pieces
 from wemoe_plugin.recipe.loading import load_recipe
 
@@ -34,7 +35,8 @@ models: [{model: e0}, {model: e1, parameters: {weight: 0.5}}]
 merge_method: task_arithmetic
 parameters: {lambda: 0.3}
 rules:
-- {match: visual.**.mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 3}}}
+- {match: visual.**.0.mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, energy: 0.8}}}
+- {match: visual.**.1.mlp, merge_method: wemoe, parameters: {task_vectors: {form: sparse, density: 0.1}}}
 - {match: transformer.**.mlp, merge_method: wemoe}
 - {match: transformer.**.attn, merge_method: dare_ties, parameters: {density: 0.5}}
 """
@@ -55,7 +57,8 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MergePlan:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ray_engine, "BATCH_BYTES", 20_000)
-    return plan_merge(load_recipe(Path("recipe.yaml")))
+    source = load_recipe(Path("recipe.yaml"))
+    return settle(source, plan_merge(source))
 
 
 def executed(plan: MergePlan, out: str, **options: Any) -> dict[str, bytes]:

@@ -27,6 +27,9 @@ HEAD = (
 DENSE = HEAD + "rules: [{match: mlp, merge_method: wemoe}]\n"
 LOW_RANK = HEAD + "rules: [{match: mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 3}}}]\n"
 
+ENERGY = LOW_RANK.replace("rank: 3", "energy: 0.8")
+SPARSE = LOW_RANK.replace("form: low_rank, rank: 3", "form: sparse, density: 0.2")
+
 
 class Constant(nn.Module):
     """A router that has made up its mind."""
@@ -53,7 +56,7 @@ def with_weights(directory: Path, weights: list[float]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("text", [DENSE, LOW_RANK], ids=["dense", "low-rank"])
+@pytest.mark.parametrize("text", [DENSE, LOW_RANK, ENERGY, SPARSE], ids=["dense", "low-rank", "ragged", "sparse"])
 def test_a_mix_of_open_clip_experts(tmp_path: Path, command: Command, text: str) -> None:
     open_clip_family(tmp_path)
     out = merged(tmp_path, text)

@@ -138,6 +138,74 @@ def test_names_what_is_wrong_and_what_would_mend_it(tmp_path: Path, old: str, ne
     assert message in "\n".join(problems(tmp_path, GOOD.replace(old, new, 1)))
 
 
+VECTORS = "recipe.yaml:15: rules[0].parameters.task_vectors"
+MULTIPLE = "max_parameters: expected a multiple of the base's parameters above 1, such as 1.3x"
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("form: sparse, rank: 4", ": rank is for form: low_rank"),
+        ("form: sparse, density: 0.1, rank: 4", ": rank is for form: low_rank"),
+        ("form: sparse, density: 0.1, energy: 0.9", ": energy is for form: low_rank"),
+        ("form: sparse", ": form sparse needs a density, such as 0.1"),
+        ("form: sparse, density: 0", ".density: input should be greater than 0 (found 0)"),
+        ("form: sparse, density: 1.1", ".density: input should be less than or equal to 1 (found 1.1)"),
+        ("form: sparse, density: 10%", ".density: input should be a valid number (found '10%')"),
+        ("form: low_rank, rank: 4, density: 0.1", ": density is for form: sparse"),
+        ("density: 0.1", ": density is for form: sparse"),
+        ("energy: 0.9", ": energy is for form: low_rank"),
+        ("max_parameters: 1.3x", ": max_parameters is for form: low_rank"),
+        ("form: low_rank, energy: 0", ".energy: input should be greater than 0 (found 0)"),
+        ("form: low_rank, energy: 1.5", ".energy: input should be less than or equal to 1 (found 1.5)"),
+        ("form: low_rank, energy: .nan", ".energy: input should be a finite number (found nan)"),
+        ("form: low_rank, energy: true", ".energy: expected a number, not true or false"),
+        ("form: low_rank, rank: 0", ".rank: input should be greater than or equal to 1 (found 0)"),
+        *(
+            (f"form: low_rank, max_parameters: {text}", f".{MULTIPLE}")
+            for text in ("0.9x", "1x", "'1.3'", "1.3", "-2x")
+        ),
+        *(
+            (f"form: low_rank, max_parameters: {text}", f".{MULTIPLE}")
+            for text in ("0.9x", "1x", "'1.3'", "1.3", "-2x", "1.3 x", "nanx", "1e9x", "[1.3x]")
+        ),
+        (
+            "form: low_rank, rank: 4, energy: 0.9",
+            ": form low_rank needs one of rank: 16, energy: 0.95 and max_parameters: 1.3x; it has rank and energy",
+        ),
+        (
+            "form: low_rank, energy: 0.9, max_parameters: 1.3x",
+            ": form low_rank needs one of rank: 16, energy: 0.95 and max_parameters: 1.3x; it has energy and "
+            "max_parameters",
+        ),
+        ("form: lowrank, rank: 4", ".form: 'lowrank' is not one of 'dense', 'low_rank' or 'sparse'"),
+    ],
+)
+def test_sizes_that_do_not_belong_to_their_form_are_one_message(tmp_path: Path, form: str, message: str) -> None:
+    assert problems(tmp_path, GOOD.replace("form: low_rank, rank: 16", form)) == [f"{VECTORS}{message}"]
+
+
+@pytest.mark.parametrize(("form", "named"), [("form: sparse, density: 0.1", "sparse"), ("form: dense", "dense")])
+def test_tokens_are_routed_with_low_rank_task_vectors_only(tmp_path: Path, form: str, named: str) -> None:
+    text = GOOD.replace("shared: true", "routing: token").replace("form: low_rank, rank: 16", form)
+    (line,) = problems(tmp_path, text)
+    assert line == (
+        f"recipe.yaml:13: rules[0].parameters: routing: token needs form: low_rank, not {named}: composed weights are "
+        "one sample's"
+    )
+    assert load(tmp_path, GOOD.replace("shared: true", "routing: token")).recipe.rules[0].parameters.router
+
+
+def test_limits_for_the_whole_model_are_one(tmp_path: Path) -> None:
+    limited = "    merge_method: wemoe\n    parameters: {task_vectors: {form: low_rank, max_parameters: LIMIT}}"
+    text = GOOD.replace("rank: 16", "max_parameters: 1.3x").replace("    merge_method: base", limited)
+    assert load(tmp_path, text.replace("LIMIT", "1.30x"))
+    assert problems(tmp_path, text.replace("LIMIT", "1.4x")) == [
+        "recipe.yaml:18: rules[1].parameters.task_vectors.max_parameters: is one limit for the whole model; an earlier "
+        "rule says 1.3x"
+    ]
+
+
 def test_tuning_without_tasks_is_an_error(tmp_path: Path) -> None:
     text = GOOD[: GOOD.index("tasks:")] + "tuning: {steps: 10}\n"
     assert problems(tmp_path, text) == [

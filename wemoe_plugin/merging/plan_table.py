@@ -35,6 +35,7 @@ def module_rows(plan: MergePlan, losses: Sequence[Loss] = ()) -> list[ModuleRow]
         losses: what compression drops, where it has been measured.
     """
     stored = {tensor.name: tensor for file in plan.vector_files for tensor in file.tensors}
+    tensors = plan.base.checkpoint.tensors
     lost: dict[str, list[Loss]] = {}
     for loss in losses:
         lost.setdefault(loss.module, []).append(loss)
@@ -49,7 +50,7 @@ def module_rows(plan: MergePlan, losses: Sequence[Loss] = ()) -> list[ModuleRow]
                 describe_sizes(module.form, (layer.sizes for layer in module.layers)),
                 describe_router(router.name, module.path, router.depth, router.width, router.routing),
                 module.lambdas,
-                sum(plan.base.checkpoint.tensors[name].elements for name in module.tensors),
+                sum(tensor.elements for name, tensor in tensors.items() if name.startswith(f"{module.path}.")),
                 sum(vector.elements for vector in vectors if is_parameter(vector.name)),
                 sum(vector.nbytes for vector in vectors),
                 math.hypot(*(loss.norm for loss in own)) if known else None,
