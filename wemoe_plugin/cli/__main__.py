@@ -1,0 +1,5 @@
+"""``python -m wemoe_plugin.cli``."""
+
+from wemoe_plugin.cli import main
+
+main()
