@@ -37,6 +37,7 @@ _INTERRUPTED = 130
 
 
 def _interrupt(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the removal
     raise KeyboardInterrupt
 
 
