@@ -11,7 +11,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-SHAPED = ["modeling.router", "modeling.composition", "modeling.ensembled_linear", "task_vectors"]
+SHAPED = ["modeling.router", "modeling.composition", "modeling.forms", "modeling.ensembled_linear", "task_vectors"]
 install_import_hook([f"wemoe_plugin.{name}" for name in SHAPED], "beartype.beartype")
 
 import torch  # noqa: E402 (after the hook)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wemoe_plugin.modeling.loading import load_model, load_static
 from wemoe_plugin.modeling.sequence import UNKNOWN, SequenceState, Tokens, _padding
-from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, freeze_all_but_routers, wemoe_modules
+from wemoe_plugin.modeling.wemoe import freeze_all_but_routers, wemoe_modules
 
 LOW_RANK = "{form: low_rank, rank: 1000}"
 DECODERS = ["Llama", "Mistral", "Qwen2", "Qwen3", "GPT-2", "T5", "Flan-T5"]
@@ -202,7 +203,9 @@ def test_recomputing_in_a_backward_pass_is_refused(tmp_path: Path) -> None:
     freeze_all_but_routers(model)
     mlp = model.model.layers[0].mlp
     mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)
-    loss = model(input_ids=tokens(2, 5), use_cache=False).logits.sum()
+    ids = tokens(2, 5)
+    model(input_ids=ids, use_cache=False).logits.sum().backward()  # without padding there is nothing to know
+    loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.sum()
     with pytest.raises(ValueError, match="turn gradient checkpointing off"):
         loss.backward()
 
@@ -221,15 +224,62 @@ def test_copies_watch_their_own_sequences(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_the_rows_is_refused() -> None:
     state = SequenceState()
-    state.tokens = Tokens(torch.ones(2, 3, dtype=torch.bool))
+    state.tokens = Tokens(mask=torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"the attention mask is for \[2, 3\]"):
         state.decide("mlp", torch.zeros(2, 5, 4), lambda x, mask=None: x)
     state.tokens = Tokens(kept={"mlp": torch.zeros(2, 3)})
     with pytest.raises(ValueError, match="the cache was made for 2 prompts, this step has 1 rows"):
         state.decide("mlp", torch.zeros(1, 5, 4), lambda x, mask=None: x)
 
+    state.tokens = Tokens(batch=2, length=5)
+    with pytest.raises(ValueError, match="sees 10 rows of a batch of 2 texts"):
+        state.decide("fc1", torch.zeros(10, 4), lambda x, mask=None: x)
+    with pytest.raises(ValueError, match="sees 3 of 5 tokens"):
+        state.decide("mlp", torch.zeros(2, 3, 4), lambda x, mask=None: x)
 
-def test_vision_towers_have_no_sequence(tmp_path: Path) -> None:
-    model = wemoe(tmp_path, "ViT")
-    assert all(module.sequence is None for _, module in wemoe_modules(model))
-    assert all(isinstance(module, WeightEnsemblingMoE) for _, module in wemoe_modules(model))
+
+@torch.no_grad()
+def test_a_cache_that_others_filled_is_refused(tmp_path: Path) -> None:
+    model: Any = wemoe(tmp_path, "Llama")
+    cache = load_static(tmp_path / "out", dtype=torch.float64)(input_ids=tokens(1, 4), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds 4 tokens but not what their routers decided"):
+        model(input_ids=tokens(1, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_feed_forward_chunks_are_refused(tmp_path: Path) -> None:
+    model: Any = wemoe(tmp_path, "BERT")
+    for layer in model.bert.encoder.layer:
+        layer.chunk_size_feed_forward = 2
+    with pytest.raises(ValueError, match="sees 2 of 6 tokens; it cannot decide for the whole text"):
+        model(input_ids=tokens(2, 6))
+
+
+@pytest.mark.parametrize(("row", "towers"), [("ViT", []), ("CLIP", ["text_model"]), ("CLIP vision tower", [])])
+def test_only_text_has_a_sequence(tmp_path: Path, row: str, towers: list[str]) -> None:
+    model = wemoe(tmp_path, row)
+    watched = {path.partition(".")[0] for path, module in wemoe_modules(model) if module.sequence is not None}
+    assert sorted(watched) == towers
+
+
+@torch.no_grad()
+def test_threads_with_padding_of_their_own(tmp_path: Path) -> None:
+    """The layers compiled, as for serving, and not: no thread sees another's mask or decision, or leaves its own."""
+    model: Any = wemoe(tmp_path, "Llama")
+    ids = tokens(3, 6)
+    masks = [(torch.arange(6) >= start).long().expand(3, -1) for start in range(4)]
+    expected = [model(input_ids=ids, attention_mask=mask).logits for mask in masks]
+    wrong: list[int] = []
+
+    def serve(i: int) -> None:
+        for _ in range(15):
+            found = model(input_ids=ids, attention_mask=masks[i]).logits
+            if not torch.allclose(found, expected[i], atol=1e-6):
+                wrong.append(i)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(serve, range(4)))
+        states = pool.map(lambda _: [m.routing.offsets for _, m in wemoe_modules(model)], range(4))
+        assert all(offsets is None for each in states for offsets in each)
+    assert all(module.routing.offsets is None for _, module in wemoe_modules(model))
+    assert wrong == []

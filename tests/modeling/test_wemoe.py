@@ -532,3 +532,36 @@ def test_ranks_may_differ_between_experts() -> None:
     vectors = torch.stack([u.T @ d for u, d in zip(up.split(ranks), down.split(ranks), strict=True)])
     expected = torch.einsum("boi,bti->bto", weight + torch.einsum("bk,koi->boi", offsets, vectors), x)
     torch.testing.assert_close(form(x, offsets), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_second_derivatives_are_refused(form: str) -> None:
+    base, own = family(2)
+    module, x = stirred(upscaled(base, own, form=form)), batch().requires_grad_(True)
+    with pytest.raises(NotImplementedError, match="no second derivatives; use low_rank"):
+        torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+
+
+def test_a_pass_in_one_thread_is_nothing_to_another() -> None:
+    base, own = family(2)
+    module = stirred(upscaled(base, own))
+    inside, release = threading.Event(), threading.Event()
+
+    class Waiting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            inside.set()
+            assert release.wait(30)
+            return nn.functional.gelu(x)
+
+    act, module.module.act = module.module.act, Waiting()
+    thread = threading.Thread(target=module, args=(batch(),))
+    thread.start()
+    assert inside.wait(30)
+    assert module.routing.offsets is None
+    static = module.module.fc1(batch())
+    module.module.act = act
+    module(batch())
+    release.set()
+    thread.join()
+    assert module.routing.offsets is None
+    torch.testing.assert_close(static, nn.functional.linear(batch(), module.fc1.weight, module.fc1.bias))

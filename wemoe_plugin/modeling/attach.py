@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -47,45 +48,29 @@ def attach(model: nn.Module, path: Path | str, working_bytes: int = WORKING_BYTE
     for name in config.vector_files:
         vectors |= _load(directory / name)
     routers = load_routers(directory, config)
-    states: dict[str, SequenceState] = {}
-    for module in placed:
+    experts, states = len(config.experts), dict[str, SequenceState]()
+    forms = [{layer.path: _form(model, layer, vectors, experts, working_bytes) for layer in m.layers} for m in placed]
+    for module, own in zip(placed, forms, strict=True):  # nothing can fail any more: it is attached whole or not at all
         router = routers[module.config.router]
         state = None if router.per_token else watch(model, module.path, states)
-        attach_module(model, module, vectors, router, len(config.experts), state, working_bytes)
+        _replace(model, module, own, router, state)
     return model
 
 
-def attach_module(
-    model: nn.Module,
-    placed: PlacedModule,
-    vectors: dict[str, Tensor],
-    router: Router,
-    experts: int,
-    sequence: SequenceState | None = None,
-    working_bytes: int = WORKING_BYTES,
+def _replace(
+    model: nn.Module, placed: PlacedModule, forms: Mapping[str, Form], router: Router, sequence: SequenceState | None
 ) -> None:
-    """Upscale one module of a model in place.
-
-    Args:
-        model: any torch model.
-        placed: the module.
-        vectors: task vectors by the names `wemoe_plugin.merging.upscaling` gives them; those of the module are taken
-            out, so that no second copy of all of them is ever held.
-        router: shared by all modules that are attached with it.
-        experts: how many there are.
-        sequence: what the stack around the module tells about its tokens.
-        working_bytes: the most that composed weights take at a time.
-    """
+    """Put a wrapper in the place of a module, and layers with task vectors inside of it."""
     module, routing = model.get_submodule(placed.path), Routing()
-    for layer in placed.layers:
-        linear = model.get_submodule(layer.path)
-        replacement = EnsembledLinear(_form(linear, layer, vectors, experts, working_bytes), routing)
-        replacement.train(linear.training)
-        if layer.path == placed.path:
+    for path, form in forms.items():
+        replacement = EnsembledLinear(form, routing)
+        replacement.train(module.training)
+        if path == placed.path:
             module = replacement
         else:
-            model.set_submodule(layer.path, replacement)
-    router.to(replacement.weight.device, replacement.weight.dtype)
+            model.set_submodule(path, replacement)
+    like = forms[placed.layers[0].path].weight  # of the layer that reads the module's input
+    router.to(like.device, like.dtype)
     wrapper = WeightEnsemblingMoE(
         module,
         router,
@@ -96,11 +81,13 @@ def attach_module(
         placed.path,
         placed.config.router,
     )
-    wrapper.to(replacement.weight.device).train(module.training)
+    wrapper.to(like.device).train(module.training)
     model.set_submodule(placed.path, wrapper)
 
 
-def _form(linear: nn.Module, placed: PlacedLayer, vectors: dict[str, Tensor], experts: int, working_bytes: int) -> Form:
+def _form(model: nn.Module, placed: PlacedLayer, vectors: dict[str, Tensor], experts: int, working_bytes: int) -> Form:
+    """The static weights of a layer with its task vectors, which are taken out of ``vectors``: no copy is kept."""
+    linear = model.get_submodule(placed.path)
     layer, weight, bias = placed.config, linear.weight, linear.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 WORKING_BYTES = 256 * 2**20
 """The most that the composed weights of one layer take at a time, unless told otherwise."""
@@ -131,8 +130,9 @@ class _Composition(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        if torch.is_grad_enabled():  # under create_graph only
+            raise NotImplementedError("dense and sparse task vectors have no second derivatives; use low_rank")
         x, offsets = ctx.saved_tensors
         wants_x, wants_offsets = ctx.needs_input_grad[:2]
         coefficients = _with_static(offsets)

@@ -35,7 +35,7 @@ class _Strict(BaseModel):
 class RouterConfig(_Strict):
     """A router's shape, and what it decides for; see `wemoe_plugin.modeling.router.Router`."""
 
-    width: int
+    width: Annotated[int, Field(gt=0, lt=2**31)]
     depth: Literal[0, 1, 2]
     routing: Literal["sample", "token"] = "sample"
 
@@ -53,8 +53,8 @@ class LayerConfig(_Strict):
 
     path: str
     form: Literal["dense", "low_rank", "sparse"]
-    ranks: tuple[int, ...] | None = None
-    count: int | None = None
+    ranks: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] | None = None
+    count: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     bias: bool
 
     @property
@@ -66,8 +66,6 @@ class LayerConfig(_Strict):
     def _complete(self) -> Self:
         if (self.ranks is not None) != (self.form == "low_rank") or (self.count is not None) != (self.form == "sparse"):
             raise ValueError(f"the layer {self.path}: ranks belong to low_rank, count to sparse")
-        if any(rank < 0 for rank in self.ranks or ()):
-            raise ValueError(f"the layer {self.path}: ranks cannot be negative")
         return self
 
 
@@ -82,9 +80,9 @@ class ModuleConfig(_Strict):
 
     path: str
     router: str
-    lambdas: tuple[float, ...]
+    lambdas: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
     layers: Annotated[tuple[LayerConfig, ...], Field(min_length=1)]
-    argument: Annotated[int, Field(ge=0)] = 0
+    argument: Annotated[int, Field(ge=0, le=1)] = 0
 
 
 class WemoeConfig(_Strict):
@@ -127,8 +125,10 @@ class WemoeConfig(_Strict):
                 if self.routers[module.router].routing == "token" and layer.form != "low_rank":
                     raise ValueError(f"{where}: token routing needs low-rank task vectors")
         for expert in self.experts:
-            if not re.fullmatch(r"[\w.-]+", expert) or not expert.strip("."):
+            if not re.fullmatch(r"[\w.-]{1,200}", expert) or not expert.strip("."):
                 raise ValueError(f"{expert!r:.100} cannot be the name of an expert")
+        if len(set(self.experts)) < len(self.experts):
+            raise ValueError("two experts have one name")
         if any(Path(name).name != name for name in self.vector_files):
             raise ValueError("a file of task vectors lies outside of the directory")
         return self

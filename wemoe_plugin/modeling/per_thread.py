@@ -10,12 +10,17 @@ import torch
 T = TypeVar("T")
 
 
+class _Own(threading.local):
+    def __init__(self) -> None:
+        self.value: Any = None
+
+
 class PerThread(Generic[T]):
     """Holds a value during a forward pass, so that one model serves several threads.
 
-    ``torch.compile`` drops what traced code writes into a `threading.local` where its graph breaks. Traced code uses a
-    plain attribute therefore, and code that is not traced writes there too. What that costs: a compiled model whose
-    graph breaks *inside* of an upscaled module serves one thread at a time.
+    ``torch.compile`` reads a `threading.local` rightly, but drops what traced code writes into it where its graph
+    breaks. Traced code therefore writes into a plain attribute, which is read where the thread itself has set nothing.
+    What that costs: a compiled model whose graph breaks *inside* of an upscaled module serves one thread at a time.
 
     Args:
         empty: what it holds outside of a forward pass.
@@ -24,20 +29,19 @@ class PerThread(Generic[T]):
     def __init__(self, empty: T) -> None:
         self.empty = empty
         self.traced = empty
-        self.own = threading.local()
+        self.own = _Own()
 
     def get(self) -> T:
         """What this thread has set last."""
-        if torch.compiler.is_compiling():
-            return self.traced
-        found: T = getattr(self.own, "value", self.empty)
-        return self.traced if found is self.empty else found
+        value = self.own.value
+        return self.traced if value is None else value
 
     def set(self, value: T) -> None:
         """Hold a value for this thread."""
-        self.traced = value
-        if not torch.compiler.is_compiling():
-            self.own.value = value
+        if torch.compiler.is_compiling():
+            self.traced = value
+        else:
+            self.own.value = None if value is self.empty else value
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies start empty: a value belongs to a forward pass."""

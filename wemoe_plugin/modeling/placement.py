@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -106,11 +107,22 @@ def _place(module: ModuleConfig, live: dict[str, str]) -> PlacedModule | None:
 def _unfit(model: nn.Module, placed: PlacedModule) -> str | None:
     if isinstance(model.get_submodule(placed.path), nn.ModuleList | nn.ModuleDict):
         return f"{placed.path} is a list of modules and has no forward pass; match its members, {placed.path}.*"
+    if placed.argument and not _takes(model.get_submodule(placed.path), placed.argument + 1):
+        return (
+            f"{placed.path} is given its own input alone, not that of {placed.config.router}, which its router reads; "
+            "leave it to a static method"
+        )
     for layer in placed.layers:
         kind = model.get_submodule(layer.path)
         if not _is_plain_linear(kind):
             return f"{layer.path} is a {type(kind).__name__}, not a Linear layer of its own"
     return None
+
+
+def _takes(module: nn.Module, count: int) -> bool:
+    """Whether a module's forward pass takes so many positional arguments."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds for p in inspect.signature(module.forward).parameters.values()) >= count
 
 
 def _act_as_one(first: ModuleConfig, second: ModuleConfig) -> bool:

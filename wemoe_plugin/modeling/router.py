@@ -69,11 +69,12 @@ class Router(nn.Module):
         if self.constant is not None:
             return self.constant.expand(*(x.shape[:-1] if self.per_token else x.shape[:1]), -1)
         assert self.output is not None
+        x = x.to(self.output.weight.dtype)  # which may be another than the module's: some keep single layers in float32
         hidden = x if self.hidden is None else torch.relu_(self.hidden(x))
         # The last layer is linear: averaging before it gives the mean of the logits for a fraction of the work.
         if not self.per_token and mask is not None:
-            shares = mask / mask.sum(1, keepdim=True).clamp_min(1)
-            hidden = (shares.to(hidden.dtype).unsqueeze(1) @ hidden).squeeze(1)
+            count = mask.sum(1, keepdim=True).clamp_min(1)
+            hidden = (mask.to(hidden.dtype).unsqueeze(1) @ hidden).squeeze(1) / count
         elif not self.per_token and hidden.ndim > 2:
             hidden = hidden.flatten(1, -2).mean(1)
         weights: Tensor = self.output(hidden)

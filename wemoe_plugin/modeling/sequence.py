@@ -25,12 +25,16 @@ class Tokens(NamedTuple):
     """What routers must know of the tokens that a stack of layers works on.
 
     Attributes:
+        batch: how many texts there are; None if the stack was given nothing that tells.
+        length: how many tokens of each are in this pass.
         mask: which positions are tokens, not padding, (batch, positions), earlier ones first; None if all are.
         past: how many positions lie in the cache, before those of this pass.
         kept: what earlier tokens of the same sequences decided, by module; None for a new prompt.
-        decided: what this pass decides, by module; None where nobody will ask for it.
+        decided: what this pass decides, by module.
     """
 
+    batch: int | None = None
+    length: int | None = None
     mask: Tensor | None = None
     past: int = 0
     kept: dict[str, Tensor] | None = None
@@ -41,10 +45,15 @@ UNKNOWN = Tokens()
 
 
 class SequenceState:
-    """The tokens of the forward pass of a stack that is under way."""
+    """The tokens of the forward pass of a stack that is under way.
+
+    Attributes:
+        masked: whether the last pass had a mask.
+    """
 
     def __init__(self) -> None:
         self._tokens: PerThread[Tokens] = PerThread(UNKNOWN)
+        self.masked = False
 
     @property
     def tokens(self) -> Tokens:
@@ -63,28 +72,43 @@ class SequenceState:
             router: its router.
 
         Raises:
-            ValueError: the cache or the mask is of another batch, or the mask of other tokens; or the module is run
-                again in a backward pass.
+            ValueError: the module sees other rows or tokens than its stack, the cache or the mask are of others, or the
+                module is run again in a backward pass.
         """
         tokens = self.tokens
-        if tokens is UNKNOWN and torch._C._current_graph_task_id() != -1:
+        if tokens is UNKNOWN and self.masked and torch._C._current_graph_task_id() != -1:
             raise ValueError(
                 f"{path} is computed again in the backward pass, where padding is not known: turn gradient "
                 "checkpointing off"
             )
+        _check_rows(path, x, tokens)
         if tokens.kept is not None and path in tokens.kept:
-            weights = tokens.kept[path]
-            if weights.shape[0] != x.shape[0]:
-                raise ValueError(
-                    f"the cache was made for {weights.shape[0]} prompts, this step has {x.shape[0]} rows: weights are "
-                    "decided on the prompt and kept with its cache"
-                )
-            return weights.to(x.device)
+            return tokens.kept[path].to(x.device)
         mask = _mask_of(x, tokens)
         weights = router(x) if mask is None else router(x, mask)
         if tokens.decided is not None:
             tokens.decided[path] = weights.detach()
         return weights
+
+
+def _check_rows(path: str, x: Tensor, tokens: Tokens) -> None:
+    """Refuse a module that sees parts of texts as rows, or parts of their tokens: it cannot decide for the texts."""
+    if tokens.batch is not None and x.shape[0] != tokens.batch:
+        raise ValueError(
+            f"{path} sees {x.shape[0]} rows of a batch of {tokens.batch} texts; its weights cannot be decided for each "
+            "text. Upscale the module around it, or leave it to a static method"
+        )
+    if tokens.length is not None and x.ndim == 3 and x.shape[1] != tokens.length:
+        raise ValueError(
+            f"{path} sees {x.shape[1]} of {tokens.length} tokens; it cannot decide for the whole text (feed-forward "
+            "chunks, or a head that is given the last token alone)"
+        )
+    kept = None if tokens.kept is None else tokens.kept.get(path)
+    if kept is not None and kept.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"the cache was made for {kept.shape[0]} prompts, this step has {x.shape[0]} rows: weights are decided on "
+            "the prompt and kept with its cache"
+        )
 
 
 def _mask_of(x: Tensor, tokens: Tokens) -> Tensor | None:
@@ -104,8 +128,8 @@ def _mask_of(x: Tensor, tokens: Tokens) -> Tensor | None:
 def watch(model: nn.Module, path: str, states: dict[str, SequenceState]) -> SequenceState | None:
     """The state of the stack of layers around a module, which is told about every forward pass from now on.
 
-    A stack is the nearest module around that takes token ids or embeddings and an attention mask: a ``LlamaModel``,
-    each of T5's two stacks, the text tower of a CLIP.
+    A stack is the nearest module around that takes token ids and an attention mask (a ``LlamaModel``, each of T5's two
+    stacks, the text tower of a CLIP), or else the nearest that takes embeddings and a mask. What takes images is none.
 
     Args:
         model: the whole model.
@@ -115,66 +139,95 @@ def watch(model: nn.Module, path: str, states: dict[str, SequenceState]) -> Sequ
     Returns:
         None where there is no such stack, as in a vision tower.
     """
+    found = _stack_around(model, path)
+    if found is None:
+        return None
+    if found not in states:
+        stack, state = model.get_submodule(found), SequenceState()
+        taken = tuple(inspect.signature(stack.forward).parameters)
+        stack.register_forward_pre_hook(_Begin(state, taken), with_kwargs=True)
+        stack.register_forward_hook(_End(state, taken), with_kwargs=True, always_call=True)
+        states[found] = state
+    return states[found]
+
+
+def _stack_around(model: nn.Module, path: str) -> str | None:
+    embedded = None
     while path:
         path = path.rpartition(".")[0]
-        if path in states:
-            return states[path]
-        stack = model.get_submodule(path)
-        taken = tuple(inspect.signature(stack.forward).parameters)
-        if "attention_mask" in taken and ("input_ids" in taken or "inputs_embeds" in taken):
-            state = states[path] = SequenceState()
-            stack.register_forward_pre_hook(_Begin(state, taken), with_kwargs=True)
-            stack.register_forward_hook(_End(state, taken), with_kwargs=True, always_call=True)
-            return state
-    return None
+        taken = inspect.signature(model.get_submodule(path).forward).parameters
+        if "pixel_values" in taken:
+            return None if "input_ids" not in taken else embedded if path else None
+        if "attention_mask" in taken and "input_ids" in taken:
+            return path
+        if "attention_mask" in taken and "inputs_embeds" in taken and embedded is None:
+            embedded = path
+    return embedded
 
 
-class _Begin:
+class _Hook:
+    """Knows what a stack was called with, by name."""
+
     def __init__(self, state: SequenceState, names: tuple[str, ...]) -> None:
         self.state, self.names = state, names
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self.names, args, strict=False)) | kwargs
+
+
+class _Begin(_Hook):
+    """Tells the routers of a stack about the tokens of a forward pass."""
 
     def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        cache = given.get("past_key_values")
+        given = self.given(args, kwargs)
+        inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        batch, length = inputs.shape[:2] if isinstance(inputs, Tensor) else (None, None)
         mask = _padding(given.get("attention_mask"))
-        earlier: dict[str, Tensor] | None = getattr(cache, CACHE_ATTRIBUTE, None)
+        cache = given.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        if earlier is not None and past > 0:
-            self.state.tokens = Tokens(mask, past, earlier, dict(earlier))
-        else:
-            self.state.tokens = Tokens(mask, past, None, {})
+        kept: dict[str, Tensor] | None = getattr(cache, CACHE_ATTRIBUTE, None) if past else None
+        if past and kept is None:
+            raise ValueError(
+                f"this cache holds {past} tokens but not what their routers decided: it was filled by another model, "
+                "or rebuilt; begin with the prompt and an empty cache"
+            )
+        self.state.masked = mask is not None
+        self.state.tokens = Tokens(batch, length, mask, past, kept, dict(kept or {}))
 
 
-class _End:
-    def __init__(self, state: SequenceState, names: tuple[str, ...]) -> None:
-        self.state, self.names = state, names
+class _End(_Hook):
+    """Keeps what was decided with the cache."""
 
     def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        cache = given.get("past_key_values")
-        if cache is None:
-            cache = getattr(output, "past_key_values", None)
-        if output is not None and hasattr(cache, "get_seq_length"):
-            setattr(cache, CACHE_ATTRIBUTE, self.state.tokens.decided)
+        if output is not None:
+            for cache in (self.given(args, kwargs).get("past_key_values"), getattr(output, "past_key_values", None)):
+                if hasattr(cache, "get_seq_length"):
+                    setattr(cache, CACHE_ATTRIBUTE, self.state.tokens.decided)
         self.state.tokens = UNKNOWN
 
 
 def _padding(mask: Any) -> Tensor | None:
-    """Which positions are tokens, (batch, positions), from whatever kind of attention mask; None if it does not tell.
+    """Which positions are tokens, (batch, positions), from whatever kind of attention mask; None without one.
 
     A mask of queries and keys, (batch, heads, queries, keys), shows padding as keys that no query may look at. Queries
-    that are padding themselves may be shown to look at everything (attention kernels want no empty rows): only the last
-    query may really do so.
+    that are padding themselves may be shown to look at everything (attention kernels want no empty rows): only the
+    last query may really do so.
+
+    Raises:
+        ValueError: it is of a kind that cannot be read.
     """
     if isinstance(mask, dict):  # one per kind of attention
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor):
+    if mask is None:
         return None
-    if mask.ndim == 2:
+    if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask.bool()
-    if mask.ndim == 4:
+    if isinstance(mask, Tensor) and mask.ndim == 4:
         allowed = (mask > -1.0 if mask.is_floating_point() else mask.bool()).any(1)
         everything = allowed.all(-1, keepdim=True)
         everything[:, -1] = False
         return (allowed & ~everything).any(1)
-    return None
+    raise ValueError(
+        f"an attention mask that is a {type(mask).__name__} does not tell routers what is padding; give one of 0 and 1, "
+        "(batch, tokens)"
+    )

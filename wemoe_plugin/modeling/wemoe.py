@@ -83,8 +83,8 @@ class WeightEnsemblingMoE(nn.Module):
 
     def _offsets(self, weights: Tensor) -> Tensor:
         if weights.stride(0) == 0 and weights.shape[0] > 1:  # one decision for all, which layers compose once
-            return (weights[:1] - self.lambdas).expand(weights.shape)
-        return weights - self.lambdas
+            return (weights[:1] - self.lambdas.to(weights.dtype)).expand(weights.shape)
+        return weights - self.lambdas.to(weights.dtype)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
-from wemoe_plugin.checkpoints.manifest import doubt_output, write_manifest
+from wemoe_plugin.checkpoints.manifest import MANIFEST_NAME, doubt_output, write_manifest
 from wemoe_plugin.checkpoints.ranges import RangeReader
 from wemoe_plugin.checkpoints.staging import staged_directory
 from wemoe_plugin.checkpoints.tensors import TORCH_DTYPE, read_as
@@ -74,6 +74,8 @@ def export_adapters(directory: Path, out: Path, *, force: bool = False) -> dict[
                 for end, tensor in _factors(reader, weights[name], bias, k, swapped, biased).items():
                     state[f"base_model.model.{path}.{end}"] = tensor
             target = stage.directory / expert
+            if expert == MANIFEST_NAME:
+                raise PlanError(f"the expert {expert} has the name of a file of the output; name it otherwise")
             target.mkdir()
             save_file(state, target / "adapter_model.safetensors", {"format": "pt"})
             _save_config(target, {layers[name]: rank for name, rank in ranks.items()}, biased, base, model)
