@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
+from architectures import ROWS, family
 from models import open_clip_family, save_state, transformers_family
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from wemoe_plugin.merging.plan import plan_merge
 from wemoe_plugin.modeling.attach import attach
 from wemoe_plugin.modeling.loading import load_model
 from wemoe_plugin.modeling.wemoe import wemoe_modules
+from wemoe_plugin.pipeline.export import export
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.recipe.loading import load_recipe
 
@@ -269,3 +273,77 @@ def test_a_base_that_lacks_weights_is_refused_not_filled_at_random(tmp_path: Pat
     save_state(state, path)
     with pytest.raises(CheckpointError, match=r"has no fitting 'visual_projection\.weight', which a CLIPModel needs"):
         load_model(merged(tmp_path, DENSE))
+
+
+def rewrite(out: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    config = json.loads((out / "wemoe_config.json").read_text())
+    edit(config)
+    (out / "wemoe_config.json").write_text(json.dumps(config))
+
+
+def replace_tensor(out: Path, end: str, change: Callable[[Tensor], Tensor]) -> None:
+    state = load_file(out / "wemoe.safetensors")
+    name = next(name for name in state if name.endswith(end))
+    save_state(state | {name: change(state[name])}, out / "wemoe.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda out: rewrite(out, lambda c: next(iter(c["routers"].values())).update(width=10**6)), "another shape"),
+        (lambda out: rewrite(out, lambda c: next(iter(c["routers"].values())).update(width=2**70)), "less than"),
+        (lambda out: rewrite(out, lambda c: c["modules"][0].update(argument=5)), "argument"),
+        (lambda out: rewrite(out, lambda c: c["modules"][0].update(lambdas=[float("nan"), 0.3])), "finite"),
+        (lambda out: rewrite(out, lambda c: c.update(experts=["e0", "e0"])), "two experts have one name"),
+        (lambda out: rewrite(out, lambda c: c.update(experts=["e0", ".."])), "cannot be the name of an expert"),
+        (lambda out: rewrite(out, lambda c: c["modules"][0]["layers"][0].update(ranks=[3, 10**9])), "must be"),
+        (lambda out: replace_tensor(out, ".down", lambda t: t.unsqueeze(0)), "must be F64 or F32"),
+        (lambda out: replace_tensor(out, ".down", lambda t: t.int()), "must be F64 or F32"),
+    ],
+)
+def test_what_a_damaged_directory_claims_is_not_believed(tmp_path: Path, damage: Any, message: str) -> None:
+    open_clip_family(tmp_path)
+    out = merged(
+        tmp_path, "rules: [{match: mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 3}}}]\n"
+    )
+    damage(out)
+    for read in (load_model, lambda path: export(path, tmp_path / "mixed", {"e0": 1.0})):
+        if message == "another shape" and read is not load_model:
+            continue  # a mix needs no routers
+        with pytest.raises(CheckpointError, match=message):
+            read(out)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.flip(1), lambda t: t - 1, lambda t: t + 10**6, torch.zeros_like])
+def test_positions_out_of_place_are_refused(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    open_clip_family(tmp_path)
+    out = merged(
+        tmp_path,
+        "rules: [{match: mlp, merge_method: wemoe, parameters: {task_vectors: {form: sparse, density: 1.0}}}]\n",
+    )
+    replace_tensor(out, ".indices", change)
+    for read in (load_model, lambda path: export(path, tmp_path / "mixed", {"e0": 1.0})):
+        with pytest.raises(CheckpointError, match="positions must ascend, and lie in a matrix of"):
+            read(out)
+
+
+def test_attaching_is_all_or_nothing(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    out = merged(tmp_path, DENSE)
+    model = open_clip.create_model(f"local-dir:{out}").eval()
+    state = load_file(out / "wemoe.safetensors")
+    last = list(state)[-1]
+    save_state({name: tensor for name, tensor in state.items() if name != last}, out / "wemoe.safetensors")
+    with pytest.raises(CheckpointError, match="are absent"):
+        attach(model, out)
+    assert list(wemoe_modules(model)) == []
+    save_state(state, out / "wemoe.safetensors")
+    attach(model, out)
+
+
+def test_layers_that_the_library_keeps_in_float32(tmp_path: Path) -> None:
+    """T5 in half precision keeps the last layer of its MLPs as it was."""
+    family(ROWS["T5"], tmp_path, "DenseReluDense")
+    model = load_model(merged(tmp_path, DENSE), dtype=torch.float16)
+    tokens = torch.randint(1, 24, (2, 5))
+    assert model(input_ids=tokens, decoder_input_ids=tokens).logits.isfinite().all()

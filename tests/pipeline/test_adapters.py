@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from architectures import ROWS, family, same
+from architectures import ROWS, family, same, save
 from models import open_clip_family
 from safetensors.torch import load_file
 from snapshots import tree
@@ -71,6 +71,54 @@ def test_ranks_may_differ_and_the_factors_are_those_of_the_directory(tmp_path: P
     found = model.merge_and_unload().get_submodule(name).weight
     expected = base.get_submodule(name).weight + up.T @ down
     torch.testing.assert_close(found, expected)  # type: ignore[arg-type]
+
+
+def test_names_that_are_ends_of_other_names(tmp_path: Path) -> None:
+    """open_clip's text tower is ``transformer``, its vision tower ``visual.transformer``; each layer keeps its rank."""
+    base, experts = family(ROWS["open_clip"], tmp_path, ROWS["open_clip"].mlp)
+    state = base.state_dict()
+    for name, tensor in experts[0].state_dict().items():
+        if name.startswith("visual.transformer") and name.endswith(("c_fc.weight", "c_proj.weight")):
+            tensor.copy_(state[name] + torch.outer(torch.ones(tensor.shape[0]), torch.ones(tensor.shape[1])) * 0.01)
+    save(experts[0], tmp_path / "moved")
+    (tmp_path / "e0").rename(tmp_path / "old")
+    (tmp_path / "moved").rename(tmp_path / "e0")
+    out = merged(tmp_path, "{form: low_rank, energy: 0.999999}")
+    export_adapters(out, tmp_path / "adapters")
+    model: Any = peft.PeftModel.from_pretrained(load_static(tmp_path / "base"), tmp_path / "adapters" / "e0")
+    ranks = {n: p.shape[0] for n, p in model.named_parameters() if "lora_A" in n}
+    assert {rank for name, rank in ranks.items() if "visual" in name} == {1}
+    assert {rank for name, rank in ranks.items() if "visual" not in name} != {1}
+    assert same(model.base_model.model, experts[0])
+    (tmp_path / "again.yaml").write_text(
+        "base_model: base\nmodels: [{model: base+adapters/e0}]\nmerge_method: task_arithmetic\n"
+    )
+    source = load_recipe(tmp_path / "again.yaml")
+    merge(source, plan_merge(source), tmp_path / "again")
+    assert same(load_static(tmp_path / "again"), experts[0])
+    rule = "transformer.resblocks.*.mlp"
+    (tmp_path / "text").mkdir()
+    for name in ("base", "e0", "e1"):
+        (tmp_path / "text" / name).symlink_to(tmp_path / name)
+    export_adapters(merged(tmp_path / "text", match=rule), tmp_path / "text" / "adapters")
+    model = peft.PeftModel.from_pretrained(load_static(tmp_path / "base"), tmp_path / "text" / "adapters" / "e0")
+    assert not any("visual" in name for name, _ in model.named_parameters() if "lora_A" in name)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # merging into o_proj is not possible, says PEFT
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_layers_without_a_bias_beside_some_with_one(tmp_path: Path) -> None:
+    """Qwen2's attention: what has no bias gets none, so that the adapter can be an input again."""
+    _, experts = family(ROWS["Qwen2"], tmp_path, r"self_attn\.._proj")
+    export_adapters(merged(tmp_path, match="attention"), tmp_path / "adapters")
+    model: Any = peft.PeftModel.from_pretrained(load_static(tmp_path / "base"), tmp_path / "adapters" / "e1")
+    assert same(model.base_model.model, experts[1])
+    (tmp_path / "again.yaml").write_text(
+        "base_model: base\nmodels: [{model: base+adapters/e1}]\nmerge_method: task_arithmetic\n"
+    )
+    source = load_recipe(tmp_path / "again.yaml")
+    merge(source, plan_merge(source), tmp_path / "again")
+    assert same(load_static(tmp_path / "again"), experts[1])
 
 
 def test_the_command(tmp_path: Path, command: Command) -> None:

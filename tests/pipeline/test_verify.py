@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from wemoe_plugin.checkpoints.manifest import refresh_manifest
 from wemoe_plugin.merging.plan import plan_merge
-from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE
+from wemoe_plugin.modeling.forms import DenseForm, LowRankForm, SparseForm
+from wemoe_plugin.modeling.router import Router
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.pipeline.verify import _equal
 from wemoe_plugin.recipe.loading import load_recipe
@@ -25,7 +26,7 @@ HEAD = (
     "base_model: base\nmodels: [{model: e0}, {model: e1}]\nmerge_method: task_arithmetic\nparameters: {lambda: 0.3}\n"
 )
 WEMOE = "rules: [{match: mlp, merge_method: wemoe}]\n"
-PROMISES = 7
+PROMISES = 8
 
 
 def merged(directory: Path, rules: str = WEMOE) -> Path:
@@ -95,21 +96,40 @@ def test_a_model_that_is_not_finite_is_seen(tmp_path: Path, command: Command) ->
     assert "the ordinary checkpoint's outputs are finite" in broken(command, out)
 
 
-def test_a_model_that_mixes_rows_is_seen(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routing_that_mixes_rows_is_seen(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fresh output too, whose routers decide the same for all inputs until they are stirred."""
     open_clip_family(tmp_path)
     out = merged(tmp_path)
-    change(out, "routers.safetensors", lambda state: [t.add_(0.3) for t in state.values()])  # type: ignore[func-returns-value]
-    refresh_manifest(out, ["routers.safetensors"])
-    forward = WeightEnsemblingMoE.forward
+    forward = Router.forward
 
-    def mixing(self: WeightEnsemblingMoE, x: torch.Tensor) -> Any:
-        result = forward(self, x)
-        return result + result.mean(0, keepdim=True)
+    def mixing(self: Router, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return forward(self, x, mask).mean(0, keepdim=True).expand(len(x), -1)
 
-    monkeypatch.setattr(WeightEnsemblingMoE, "forward", mixing)
+    monkeypatch.setattr(Router, "forward", mixing)
     found = broken(command, out)
     assert "a row alone gives what it gives in a batch" in found
     assert "shuffled rows give the same" not in found
+
+
+@pytest.mark.parametrize("form", ["{form: dense}", "{form: low_rank, rank: 3}", "{form: sparse, density: 0.2}"])
+def test_a_kernel_that_computes_otherwise_is_seen(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    open_clip_family(tmp_path)
+    out = merged(tmp_path, f"rules: [{{match: mlp, merge_method: wemoe, parameters: {{task_vectors: {form}}}}}]\n")
+    for kind in (DenseForm, LowRankForm, SparseForm):
+        forward = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda self, x, o, forward=forward: forward(self, x, 1.01 * o))
+    assert broken(command, out) == ["layers compute with the files' task vectors"]
+
+
+def test_other_task_vectors_than_those_that_were_compressed_are_seen(tmp_path: Path, command: Command) -> None:
+    open_clip_family(tmp_path)
+    rule = "{match: mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 3}}}"
+    out = merged(tmp_path, f"rules: [{rule}]\n")
+    change(out, "wemoe.safetensors", lambda state: [t.mul_(2) for n, t in state.items() if n.endswith(".up")])  # type: ignore[func-returns-value]
+    refresh_manifest(out, ["wemoe.safetensors"])
+    assert broken(command, out) == ["compressed task vectors have the norms noted"]
 
 
 def test_a_difference_that_is_no_number_is_a_difference() -> None:

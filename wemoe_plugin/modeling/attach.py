@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from wemoe_plugin.modeling.naming import is_conv1d
 from wemoe_plugin.modeling.placement import PlacedLayer, PlacedModule, place
 from wemoe_plugin.modeling.router import Router
 from wemoe_plugin.modeling.sequence import SequenceState, watch
+from wemoe_plugin.modeling.stored import stored_vectors
 from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, wemoe_modules
 
 
@@ -44,6 +46,7 @@ def attach(model: nn.Module, path: Path | str, working_bytes: int = WORKING_BYTE
     placed, problems = place(model, config)
     if problems:
         raise CheckpointError("\n".join(problems[:3]))
+    stored_vectors(directory, config)  # looks at headers before anything is loaded
     vectors: dict[str, Tensor] = {}
     for name in config.vector_files:
         vectors |= _load(directory / name)
@@ -114,8 +117,7 @@ def _form(model: nn.Module, placed: PlacedLayer, vectors: dict[str, Tensor], exp
     if layer.form == "sparse":
         values = take(f"{kept}.values", experts, layer.count or 0)
         indices = take(f"{kept}.indices", experts, layer.count or 0)
-        if indices.numel() and not (int(indices.min()) >= 0 and int(indices.max()) < rows * columns):
-            raise CheckpointError(f"{placed.name}.{kept}.indices: lie outside of a matrix of {rows} x {columns}")
+        check_indices(indices, rows * columns, f"{placed.name}.{kept}.indices")
         if transposed:
             moved = indices % columns * rows + indices // columns
             indices, order = moved.sort(dim=1)
@@ -133,13 +135,16 @@ def load_routers(directory: Path, config: WemoeConfig) -> dict[str, Router]:
     tensors = _load(directory / ROUTERS_NAME)
     routers = {}
     for name, spec in config.routers.items():
-        router = Router(spec.width, len(config.experts), spec.depth, per_token=spec.routing == "token")
         own = {key.removeprefix(f"{name}:"): value for key, value in tensors.items() if key.startswith(f"{name}:")}
-        try:
-            router.load_state_dict(own)
-        except RuntimeError:
+        with torch.device("meta"):  # no memory is taken for what a configuration claims
+            router = Router(spec.width, len(config.experts), spec.depth, per_token=spec.routing == "token")
+        wanted = {key: value.shape for key, value in router.state_dict().items()}
+        floats = all(value.is_floating_point() for value in own.values())
+        if {key: value.shape for key, value in own.items()} != wanted or not floats:
             what = "has another shape than its configuration" if own else "is absent"
-            raise CheckpointError(f"{directory / ROUTERS_NAME}: the router {name!r} {what}") from None
+            raise CheckpointError(f"{directory / ROUTERS_NAME}: the router {name!r} {what}")
+        router = router.to_empty(device="cpu")
+        router.load_state_dict(own)
         routers[name] = router
     return routers
 

@@ -228,6 +228,6 @@ def _padding(mask: Any) -> Tensor | None:
         everything[:, -1] = False
         return (allowed & ~everything).any(1)
     raise ValueError(
-        f"an attention mask that is a {type(mask).__name__} does not tell routers what is padding; give one of 0 and 1, "
-        "(batch, tokens)"
+        f"an attention mask that is a {type(mask).__name__} does not tell routers what is padding; give one of 0 and "
+        "1, (batch, tokens)"
     )

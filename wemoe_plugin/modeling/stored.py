@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from wemoe_plugin.checkpoints.containment import file_in
-from wemoe_plugin.checkpoints.header import StoredTensor, read_header
+from wemoe_plugin.checkpoints.header import FLOATS, StoredTensor, read_header
 from wemoe_plugin.checkpoints.ranges import RangeReader
 from wemoe_plugin.checkpoints.tensors import read, read_as
 from wemoe_plugin.errors import CheckpointError
-from wemoe_plugin.modeling.config import WemoeConfig
+from wemoe_plugin.modeling.config import LayerConfig, WemoeConfig
 
 Part = Callable[[int, int], Tensor]
 """Elements of one expert's task vector from a start on, as many as asked for: float32, 1-D."""
@@ -66,6 +67,7 @@ class StoredVectors:
         kept = self.parts[0].shape[1]
         values = read_as(reader, self.parts[0], k * kept, kept, torch.float32)
         indices = read(reader, self.parts[1], k * kept, kept).long()
+        check_indices(indices.unsqueeze(0), math.prod(shape), f"{self.parts[1].file}: {self.parts[1].name!r}")
 
         def spread(start: int, count: int) -> Tensor:
             first, last = torch.searchsorted(indices, torch.tensor([start, start + count])).tolist()
@@ -80,7 +82,7 @@ def stored_vectors(directory: Path, config: WemoeConfig) -> dict[str, StoredVect
     """All task vectors of an output directory, by the name of the parameter they move; reads headers only.
 
     Raises:
-        CheckpointError: some are absent.
+        CheckpointError: some are absent, or not what the configuration says.
     """
     stored: dict[str, StoredTensor] = {}
     for name in config.vector_files:
@@ -100,7 +102,49 @@ def stored_vectors(directory: Path, config: WemoeConfig) -> dict[str, StoredVect
         for layer in module.layers:
             where = f"{module.path}.{layer.path}".rstrip(".")
             parts = take(*(f"{where}.weight.task_vectors{part}" for part in layer.parts))
+            _check(layer, parts, len(config.experts))
             found[f"{where}.weight"] = StoredVectors(layer.form, parts, module.lambdas, layer.ranks or ())
             if layer.bias:
-                found[f"{where}.bias"] = StoredVectors("dense", take(f"{where}.bias.task_vectors"), module.lambdas)
+                bias = take(f"{where}.bias.task_vectors")
+                _check_axes(bias[0], (len(config.experts), None), FLOATS)
+                found[f"{where}.bias"] = StoredVectors("dense", bias, module.lambdas)
     return found
+
+
+def _check(layer: LayerConfig, parts: tuple[StoredTensor, ...], experts: int) -> None:
+    """See that the stored tensors are what the configuration says.
+
+    Raises:
+        CheckpointError: one has other axes, or another kind of numbers.
+    """
+    if layer.form == "dense":
+        _check_axes(parts[0], (experts, None, None), FLOATS)
+    elif layer.form == "sparse":
+        _check_axes(parts[0], (experts, layer.count), FLOATS)
+        _check_axes(parts[1], (experts, layer.count), ("I32",))
+    else:
+        for part in parts:
+            _check_axes(part, (sum(layer.ranks or ()), None), FLOATS)
+
+
+def _check_axes(tensor: StoredTensor, axes: tuple[int | None, ...], dtypes: tuple[str, ...]) -> None:
+    fits = len(tensor.shape) == len(axes) and all(a in (None, b) for a, b in zip(axes, tensor.shape, strict=True))
+    if not fits or tensor.dtype not in dtypes:
+        wanted = ", ".join("any" if axis is None else str(axis) for axis in axes)
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.name!r} is {tensor.dtype} of shape {list(tensor.shape)}; it must be "
+            f"{' or '.join(dtypes)} of shape [{wanted}]"
+        )
+
+
+def check_indices(indices: Tensor, elements: int, name: str) -> None:
+    """See that the positions of each expert's entries ascend and lie inside of the matrix, (experts, count).
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    if not indices.numel():
+        return
+    ascending = bool((indices[:, 1:] > indices[:, :-1]).all())
+    if not ascending or int(indices.min()) < 0 or int(indices.max()) >= elements:
+        raise CheckpointError(f"{name}: positions must ascend, and lie in a matrix of {elements:,} elements")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
 from wemoe_plugin.checkpoints.manifest import MANIFEST_NAME, doubt_output, write_manifest
@@ -71,7 +73,8 @@ def export_adapters(directory: Path, out: Path, *, force: bool = False) -> dict[
                 path = layers[name]
                 swapped = is_conv1d(model.get_submodule(path))
                 bias = vectors.get(f"{name.removesuffix('weight')}bias")
-                for end, tensor in _factors(reader, weights[name], bias, k, swapped, biased).items():
+                has_bias = biased and model.get_submodule(path).bias is not None
+                for end, tensor in _factors(reader, weights[name], bias, k, swapped, has_bias).items():
                     state[f"base_model.model.{path}.{end}"] = tensor
             target = stage.directory / expert
             if expert == MANIFEST_NAME:
@@ -101,21 +104,30 @@ def _factors(
     return found
 
 
-def _save_config(target: Path, ranks: dict[str, int], biased: bool, base: str | None, model: object) -> None:
+def _save_config(target: Path, ranks: Mapping[str, int], biased: bool, base: str | None, model: nn.Module) -> None:
     from peft import LoraConfig
 
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    others = {path: rank for path, rank in ranks.items() if rank != usual}
+    # Anchored: PEFT takes a key without ^ for the end of a name, and one tower's names may be ends of another's.
+    others = {f"^{re.escape(path)}$": rank for path, rank in ranks.items() if rank != usual}
     config = LoraConfig(
         r=usual,
         lora_alpha=usual,
         rank_pattern=dict(others),
         alpha_pattern=dict(others),
-        target_modules=sorted(ranks),
+        target_modules=_targets(ranks, model),
         lora_dropout=0.0,
         lora_bias=biased,
-        fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in ranks),  # type: ignore[attr-defined]
+        fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in ranks),
         base_model_name_or_path=base,
         inference_mode=True,
     )
     config.save_pretrained(str(target))
+
+
+def _targets(paths: Collection[str], model: nn.Module) -> list[str] | str:
+    """The layers by their names, or by an expression where these are ends of other layers' names too."""
+    ends = tuple(f".{path}" for path in paths)
+    if not any(name.endswith(ends) and name not in paths for name, _ in model.named_modules()):
+        return sorted(paths)
+    return "^(" + "|".join(re.escape(path) for path in sorted(paths)) + ")$"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,19 +15,9 @@ from wemoe_plugin.modeling.config import CONFIG_NAME
 from wemoe_plugin.modeling.loading import load_model, load_static
 from wemoe_plugin.modeling.samples import outputs_by_row, sample_inputs
 from wemoe_plugin.modeling.wemoe import wemoe_modules
+from wemoe_plugin.pipeline.checks import TOLERANCE, Check, check_vectors
 
 ROWS = 5
-TOLERANCE = 1e-4
-"""Largest difference, as a share of the largest output, that rounding may make in float32."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """A promise, whether it is kept, and what was seen."""
-
-    promise: str
-    kept: bool
-    seen: str
 
 
 def verify(directory: Path, seed: int = 0) -> list[Check]:
@@ -40,8 +29,9 @@ def verify(directory: Path, seed: int = 0) -> list[Check]:
 
     Returns:
         One entry per promise: the files are those of the manifest; the ordinary checkpoint loads and its outputs are
-        finite; the WEMoE model is the ordinary checkpoint at the routing of its static merge; a row's output depends
-        on that row alone.
+        finite; the WEMoE model is the ordinary checkpoint at the routing of its static merge; its layers compute with
+        the task vectors of the files, whose norms are those noted of them; and whatever routers decide, a row's output
+        depends on that row alone.
 
     Raises:
         CheckpointError: the directory is no output, or cannot be loaded.
@@ -58,6 +48,9 @@ def verify(directory: Path, seed: int = 0) -> list[Check]:
     checks.append(_finite("the WEMoE model's outputs are finite", whole))
     with _routed_as_static(model):
         checks.append(_equal("routed at λ it is the ordinary checkpoint", plain, outputs_by_row(model, inputs)))
+    checks += check_vectors(directory, static, model, generator)
+    _stir(model, generator)
+    whole = outputs_by_row(model, inputs)
     order = torch.randperm(ROWS, generator=generator)
     for promise, parts in (
         ("a row alone gives what it gives in a batch", [[row] for row in range(ROWS)]),
@@ -101,6 +94,16 @@ def _in_parts(model: nn.Module, inputs: Mapping[str, Tensor], parts: list[list[i
     order = torch.tensor([row for part in parts for row in part])
     found = [outputs_by_row(model, {name: value[part] for name, value in inputs.items()}) for part in parts]
     return {name: torch.cat([outputs[name] for outputs in found])[order.argsort()] for name in found[0]}
+
+
+@torch.no_grad()
+def _stir(model: nn.Module, generator: torch.Generator) -> None:
+    """Let every router decide otherwise for every input; fresh ones decide the same for all."""
+    routers = {id(module.router): module.router for _, module in wemoe_modules(model)}
+    for router in routers.values():
+        for parameter in router.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter) / math.sqrt(max(1, parameter.shape[-1])))
 
 
 @contextmanager
