@@ -297,7 +297,7 @@ def test_predicted_memory_follows_what_each_form_needs(tmp_path: Path) -> None:
     assert 24 * elements < operation_memory(many, elements, "F32") < 36 * elements
     low, full = (compressions(tmp_path, f"{{form: low_rank, rank: {r}}}")[0] for r in (1, 32))
     assert 12 * elements < operation_memory(low, elements, "F32") < operation_memory(full, elements, "F32")
-    assert piece_memory(full, "F32", CHUNK_ELEMENTS) == operation_memory(full, 1, "F32") < 40 * elements
+    assert piece_memory(full, "F32", CHUNK_ELEMENTS) == operation_memory(full, 1, "F32") < 60 * elements
 
 
 def test_weights_of_a_module_are_all_its_own_whoever_merges_them(tmp_path: Path, command: Command) -> None:

@@ -192,6 +192,29 @@ def test_a_limit_that_another_rules_energy_uses_up(family: Path) -> None:
         settle(source, plan)
 
 
+@pytest.mark.parametrize("form", ["{form: low_rank, energy: 0.9}", "{form: low_rank, max_parameters: 1.2x}"])
+def test_no_rank_is_spent_on_what_did_not_move(family: Path, command: Command, form: str) -> None:
+    """Files of their own with the base's values: of a tensor that nobody moved one rank of zeros stays."""
+    base = load_file(family / "base" / WEIGHTS)
+    for expert, blocks in (("e0", "01"), ("e1", "1")):
+        state = load_file(family / expert / WEIGHTS)
+        for name in state:
+            if any(f"visual.transformer.resblocks.{block}.mlp." in name for block in blocks):
+                state[name] = base[name]
+        save_state(state, family / expert / WEIGHTS)
+    source, plan = planned(family, rules(visual=form))
+    settled = settle(source, plan)
+    ranks = ranks_of(settled)
+    for name in costs(plan):
+        assert (ranks[name, 0], ranks[name, 1] > 1) == ((0, True) if "resblocks.0" in name else (1, False))
+        assert ranks[name, 1] == 0 or "resblocks.0" in name
+    if "max" in form:
+        limit = 1.2 * plan.base_parameters
+        assert limit - max(costs(plan).values()) < parameters(settled) <= limit
+    merge(source, plan, family / "out")
+    assert command("verify", family / "out")[0] == 0
+
+
 def test_several_limits_are_a_mistake_with_its_line(family: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         planned(

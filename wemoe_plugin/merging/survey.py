@@ -80,7 +80,8 @@ def settle(
             raise takes_too_much(largest.output, needed, max_memory)
         jobs = min(jobs or available_processors(), max_memory // needed)
     spectra = _each(plan, wanted, lambda worker, o: worker.singular_values(o), jobs, device, progress)
-    chosen = _by_energy(wanted, spectra, specs)
+    chosen = dict.fromkeys(_still(wanted, spectra), 0)
+    chosen |= _by_energy(wanted, spectra, specs, chosen)
     chosen |= _by_budget(source, plan, wanted, spectra, specs, chosen)
     ranks: dict[str, list[int]] = {}
     for operation, rank in zip(wanted, (chosen[i] for i in range(len(wanted))), strict=True):
@@ -130,15 +131,31 @@ def _open(plan: MergePlan, specs: Mapping[str, TaskVectorSpec]) -> list[Compress
     return [operation for operation in _compressions(plan) if specs[operation.output.name].open_rank is not None]
 
 
+def _still(wanted: Sequence[Compress], spectra: Sequence[Tensor]) -> set[int]:
+    """Task vectors that are zero, which only their values show; of a weight that nobody moved, all but the first."""
+    zero = [i for i, values in enumerate(spectra) if not values.any()]
+    kept = {wanted[i].output.name for i in set(range(len(wanted))).difference(zero)}
+    still = set()
+    for i in zero:
+        name = wanted[i].output.name
+        if name in kept:
+            still.add(i)
+        kept.add(name)
+    return still
+
+
 def _by_energy(
-    wanted: Sequence[Compress], spectra: Sequence[Tensor], specs: Mapping[str, TaskVectorSpec]
+    wanted: Sequence[Compress],
+    spectra: Sequence[Tensor],
+    specs: Mapping[str, TaskVectorSpec],
+    settled: Mapping[int, int],
 ) -> dict[int, int]:
     from wemoe_plugin.task_vectors.ranks import rank_for_energy
 
     chosen = {}
     for i, (operation, values) in enumerate(zip(wanted, spectra, strict=True)):
         energy = specs[operation.output.name].energy
-        if energy is not None:
+        if energy is not None and i not in settled:
             chosen[i] = rank_for_energy(values, energy)
     return chosen
 
@@ -153,7 +170,8 @@ def _by_budget(
 ) -> dict[int, int]:
     from wemoe_plugin.task_vectors.ranks import allot_ranks
 
-    limited = [i for i, operation in enumerate(wanted) if specs[operation.output.name].max_parameters is not None]
+    bounded = [i for i, operation in enumerate(wanted) if specs[operation.output.name].max_parameters is not None]
+    limited = [i for i in bounded if i not in settled]
     if not limited:
         return {}
     (multiple,) = {specs[wanted[i].output.name].max_parameters for i in limited}
