@@ -21,7 +21,7 @@ from wemoe_plugin.modeling.naming import is_conv1d
 from wemoe_plugin.modeling.placement import PlacedLayer, PlacedModule, place
 from wemoe_plugin.modeling.router import Router
 from wemoe_plugin.modeling.sequence import SequenceState, watch
-from wemoe_plugin.modeling.stored import stored_vectors
+from wemoe_plugin.modeling.stored import check_indices, stored_vectors
 from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, wemoe_modules
 
 
