@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,25 +64,6 @@ def exports(model: nn.Module, inputs: Tensor) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def serves_threads(model: Any, tokens: Tensor) -> None:
-    """Layers compiled one by one: each thread has its own padding, and what its routers decide."""
-    masks = [(torch.arange(5) >= start).long().expand(3, -1) for start in range(4)]
-    expected = [model(input_ids=tokens, attention_mask=mask).logits for mask in masks]
-    torch._dynamo.reset()
-    for layer in model.model.layers:
-        layer.compile(backend="eager", dynamic=True)
-    model(input_ids=tokens, attention_mask=masks[0])
-
-    def serve(i: int) -> None:
-        for _ in range(10):
-            found = model(input_ids=tokens, attention_mask=masks[i]).logits
-            torch.testing.assert_close(found, expected[i], rtol=1e-4, atol=1e-4)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(serve, range(4)))
-
-
 def main() -> None:
     """Whatever does not agree raises."""
     torch.manual_seed(0)
@@ -108,7 +88,6 @@ def main() -> None:
         compiled = torch.compile(whole, backend="aot_eager")
         found, expected = (run(input_ids=tokens, attention_mask=mask).logits for run in (compiled, whole))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        serves_threads(whole, tokens)
     print("compiled and exported")
 
 

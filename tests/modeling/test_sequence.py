@@ -264,7 +264,7 @@ def test_only_text_has_a_sequence(tmp_path: Path, row: str, towers: list[str]) -
 
 @torch.no_grad()
 def test_threads_with_padding_of_their_own(tmp_path: Path) -> None:
-    """The layers compiled, as for serving, and not: no thread sees another's mask or decision, or leaves its own."""
+    """No thread sees another's mask or decision, or leaves its own behind."""
     model: Any = wemoe(tmp_path, "Llama")
     ids = tokens(3, 6)
     masks = [(torch.arange(6) >= start).long().expand(3, -1) for start in range(4)]

@@ -20,7 +20,7 @@ class PerThread(Generic[T]):
 
     ``torch.compile`` reads a `threading.local` rightly, but drops what traced code writes into it where its graph
     breaks. Traced code therefore writes into a plain attribute, which is read where the thread itself has set nothing.
-    What that costs: a compiled model whose graph breaks *inside* of an upscaled module serves one thread at a time.
+    What that costs: a compiled model serves one thread at a time.
 
     Args:
         empty: what it holds outside of a forward pass.
