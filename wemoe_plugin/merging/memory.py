@@ -18,8 +18,11 @@ DEVICE_CHUNK_ELEMENTS = 1 << 22
 """Elements per range where a GPU computes: large enough that starting its kernels takes no time beside them."""
 
 
-PROCESS_BYTES = {"numpy": 2_500_000, "torch": 25_000_000}
+PROCESS_BYTES = {"numpy": 2_500_000, "torch": 13_000_000}
 """What threads, allocators and first calls take beside all buffers; ``benchmarks/merge_memory.py`` shows the sum."""
+
+LAPACK_BYTES = 16_000_000
+"""What the linear algebra library keeps for each thread that has decomposed a large matrix in float64."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def compression_memory(operation: Compress, dtype: str) -> int:
         small = min(rows, columns)
         # eigenvectors and what they are computed in; then an image under them, and its basis if that is the long side
         image = 8 * small * size + 8 * size * (rows if rows > columns else 2 * columns + size)
-        forming = exact + max(32 * small * small, image)
+        forming = exact + max(32 * small * small, image) + min(LAPACK_BYTES, 72 * small * small)
     else:
         forming = (4 * elements if width == 8 else 0) + 20 * sample * (rows + columns)
     return max(_reading_memory(operation, width), elements * width + max(forming, elements * width + factors))
@@ -124,7 +127,8 @@ def spectrum_memory(operation: Compress, dtype: str) -> int:
     if (expert := operation.factors) is not None:
         return _factors_memory(expert, width, cut=True)
     exact = 0 if width == 8 else 8 * rows * columns
-    gram = 18 * min(rows, columns) ** 2
+    small = min(rows, columns)
+    gram = 18 * small * small + min(LAPACK_BYTES, 72 * small * small)
     return max(_reading_memory(operation, width), rows * columns * width + exact + gram)
 
 
