@@ -8,8 +8,8 @@ import platform
 from pathlib import Path
 
 
-def describe_machine(threads: int | None = None) -> str:
-    """Date, processor, cores and versions; figures are not to be quoted without it."""
+def describe_machine(threads: int | None = None, device: str = "cpu") -> str:
+    """Date, processor (and card), cores, load and versions; figures are not to be quoted without it."""
     import torch
 
     model = platform.processor() or platform.machine()
@@ -19,5 +19,7 @@ def describe_machine(threads: int | None = None) -> str:
     except (OSError, StopIteration):
         pass
     used = f", {threads} threads" if threads else ""
+    card = f", {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else ""
+    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{datetime.date.today()}: {model}, {os.cpu_count()} cores{used}, {versions}"
+    return f"{datetime.date.today()}: {model}, {os.cpu_count()} cores{used}{card}{load}, {versions}"
