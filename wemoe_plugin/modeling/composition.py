@@ -14,11 +14,14 @@ WORKING_BYTES = 256 * 2**20
 """The most that the composed weights of one layer take at a time, unless told otherwise."""
 
 _CACHE_BYTES = 6 * 2**20
-"""What a CPU composes at a time, however much it may: a tile that stays in the cache, below the size from which the
-allocator fetches fresh pages for every use, is nearly twice as fast as one of 64 MiB (benchmarks/LOG.md)."""
+"""What a CPU composes at a time, however much it may: a tile that stays in the cache is faster than a large one, if it
+has rows enough."""
 
-_CACHE_ROWS = 32
-"""Samples that a CPU composes at a time: of more, a tile would be too narrow for fast products."""
+_FAST_ROWS = 96
+"""Output rows that a CPU composes at least, in the cache or not: products with fewer are slower (benchmarks/LOG.md)."""
+
+_GROUP = 16
+"""Samples that a CPU composes at a time: with more, a tile would be too narrow for fast products or leave the cache."""
 
 _EVEN_ROWS = 16
 """Bands have a multiple of so many output rows: products of odd sizes are slower by a sixth."""
@@ -121,12 +124,11 @@ class _Composition(torch.autograd.Function):
         ctx.source, ctx.vectors, ctx.working_bytes = source, vectors, working_bytes
         coefficients = _with_static(offsets)
         y = x.new_empty(*x.shape[:2], source.shape[-2])
-        buffer = source.new_empty(0)
+        tile = _Tile(source, x)
         for band, tiles in _bands(x, source, vectors, working_bytes):
             stacked = _stacked(source, vectors, band)
             for rows in tiles:
-                composed, buffer = _compose(coefficients[rows], stacked, x, buffer)
-                y[rows, :, band] = x[rows] @ composed.mT
+                y[rows, :, band] = x[rows] @ tile.composed(coefficients[rows], stacked).mT
         return y
 
     @staticmethod
@@ -138,17 +140,16 @@ class _Composition(torch.autograd.Function):
         coefficients = _with_static(offsets)
         grad_x = torch.zeros_like(x) if wants_x else None
         grad_coefficients = torch.zeros_like(coefficients) if wants_offsets else None
-        buffer = ctx.source.new_empty(0)
+        tile = _Tile(ctx.source, x)
         for band, tiles in _bands(x, ctx.source, ctx.vectors, ctx.working_bytes):
             stacked = _stacked(ctx.source, ctx.vectors, band)
             for rows in tiles:
                 part = grad[rows, :, band]
                 if grad_x is not None:
-                    composed, buffer = _compose(coefficients[rows], stacked, x, buffer)
-                    grad_x[rows] += part @ composed
+                    grad_x[rows].baddbmm_(part, tile.composed(coefficients[rows], stacked))
                 if grad_coefficients is not None:
-                    outer = (part.mT @ x[rows]).flatten(1).to(stacked.dtype)
-                    grad_coefficients[rows] += outer @ stacked.T
+                    outer = tile.outer(part, x[rows])
+                    grad_coefficients[rows] += outer.flatten(1).to(stacked.dtype) @ stacked.T
         grad_offsets = None if grad_coefficients is None else grad_coefficients[:, 1:]
         return grad_x, grad_offsets, None, None, None
 
@@ -163,18 +164,20 @@ def _bands(
 ) -> Iterator[tuple[slice, list[slice]]]:
     """Bands of output rows and, for each, groups of samples: what is composed at once stays within bounds."""
     batch, tokens, columns = x.shape
-    rows = source.shape[-2]
-    limit, group = working_bytes, batch
-    if x.device.type == "cpu":
-        limit, group = min(limit, _CACHE_BYTES), min(batch, _CACHE_ROWS)
-    width = source.element_size()
+    rows, width = source.shape[-2], source.element_size()
     composed = columns * (width if x.dtype == source.dtype else width + x.element_size())
     spread = 0 if vectors is None else (1 + len(vectors.values)) * columns * width
-    each = group * (composed + tokens * x.element_size()) + spread
-    while each > limit and group > 1:
+
+    def row_bytes(samples: int) -> int:
+        return samples * (composed + tokens * x.element_size()) + spread
+
+    limit, group = working_bytes, batch
+    if x.device.type == "cpu":
+        group = min(batch, _GROUP)
+        limit = min(limit, max(_CACHE_BYTES, _FAST_ROWS * row_bytes(group)))
+    while row_bytes(group) > limit and group > 1:
         group = -(-group // 2)
-        each = group * (composed + tokens * x.element_size()) + spread
-    step = max(1, min(rows, limit // max(each, 1)))
+    step = max(1, min(rows, limit // max(row_bytes(group), 1)))
     if step > _EVEN_ROWS:
         step = step // _EVEN_ROWS * _EVEN_ROWS
     tiles = [slice(start, min(start + group, batch)) for start in range(0, batch, max(group, 1))]
@@ -196,14 +199,26 @@ def _stacked(source: Tensor, vectors: SparseVectors | None, band: slice) -> Tens
     return stacked
 
 
-def _compose(coefficients: Tensor, stacked: Tensor, x: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights (batch, band, in) of some samples for a band of output rows, in the input's dtype.
+class _Tile:
+    """What is composed at a time, each written over the last: fresh pages cost more than the products."""
 
-    They are written over the last ones, ``buffer``, if they fit: fresh pages cost more than the product.
-    """
-    shape = coefficients.shape[0], stacked.shape[1]
-    if buffer.numel() < shape[0] * shape[1]:
-        buffer = stacked.new_empty(shape[0] * shape[1])
-    flat = buffer[: shape[0] * shape[1]].view(shape)
-    torch.mm(coefficients.detach(), stacked, out=flat)  # detached: torch.export traces this with gradients on
-    return flat.view(shape[0], -1, x.shape[2]).to(x.dtype), buffer
+    def __init__(self, source: Tensor, x: Tensor) -> None:
+        self._memory, self._like = source.new_empty(0), x
+
+    def composed(self, coefficients: Tensor, stacked: Tensor) -> Tensor:
+        """The weights (batch, band, in) of some samples for a band of output rows, in the input's dtype."""
+        flat = self._take(coefficients.shape[0], stacked.shape[1])
+        torch.mm(coefficients.detach(), stacked, out=flat)  # detached: torch.export traces this with gradients on
+        return flat.view(flat.shape[0], -1, self._like.shape[2]).to(self._like.dtype)
+
+    def outer(self, grad: Tensor, x: Tensor) -> Tensor:
+        """gᵀx of some samples, (batch, band, in): the gradient of what was composed for them."""
+        if self._memory.dtype != x.dtype:
+            return grad.mT @ x
+        flat = self._take(x.shape[0], grad.shape[2] * x.shape[2])
+        return torch.bmm(grad.mT, x, out=flat.view(x.shape[0], grad.shape[2], x.shape[2]))
+
+    def _take(self, rows: int, columns: int) -> Tensor:
+        if self._memory.numel() < rows * columns:
+            self._memory = self._memory.new_empty(rows * columns)
+        return self._memory[: rows * columns].view(rows, columns)

@@ -155,7 +155,9 @@ def _with_bias(y: Tensor, offsets: Tensor, bias: Tensor | None, vectors: Tensor 
     if bias is None:
         return y
     own = bias.unsqueeze(0) if vectors is None else torch.addmm(bias, offsets.to(bias.dtype), vectors)
-    return y + own.unsqueeze(1).to(y.dtype)
+    return y.add_(
+        own.unsqueeze(1).to(y.dtype)
+    )  # y is new and nothing keeps it: a sum of its own would double the memory
 
 
 def _row_starts(indices: Tensor, rows: int, columns: int) -> Tensor:
