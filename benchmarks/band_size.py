@@ -65,7 +65,7 @@ def main() -> None:
     for name, shape in SHAPES.items():
         mlp = layers(*shape)
         bounds = list(itertools.product(ROWS, GROUPS))
-        variants: dict[str, Callable[[], None]] = {"plain": partial(plain, mlp)}
+        variants: dict[str, Callable[[], object]] = {"plain": partial(plain, mlp)}
         for (rows, group), backward in itertools.product(bounds, (False, True)):
             variants[f"{rows}, {group}, {backward}"] = partial(composed, mlp, offsets, backward, rows, group)
         timings = time_rounds(variants, REPEATS)
