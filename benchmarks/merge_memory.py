@@ -68,7 +68,7 @@ def run_merge(recipe: Path, out: Path) -> None:
     from wemoe_plugin.merging.executor import execute_plan
     from wemoe_plugin.merging.memory import is_plain, peak_memory
     from wemoe_plugin.merging.operations import Delegate
-    from wemoe_plugin.merging.plan import plan_merge
+    from wemoe_plugin.merging.planner import plan_merge
     from wemoe_plugin.merging.survey import settle, survey_memory
     from wemoe_plugin.recipe.loading import load_recipe
 

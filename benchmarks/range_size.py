@@ -19,7 +19,7 @@ from merge_speed import EXPERTS, SCALE, write_model
 
 from wemoe_plugin.checkpoints.manifest import sha256_of
 from wemoe_plugin.merging.executor import execute_plan
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.recipe.loading import load_recipe
 
 REPEATS = 3

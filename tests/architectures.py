@@ -15,7 +15,7 @@ import transformers
 from models import OPEN_CLIP_CONFIG, fine_tuned, save_state, transformers_clip_config
 from torch import Tensor, nn
 
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.modeling.samples import outputs_by_row, sample_inputs
 from wemoe_plugin.modeling.wemoe import wemoe_modules
 from wemoe_plugin.pipeline.merge import merge

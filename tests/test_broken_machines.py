@@ -18,7 +18,7 @@ from snapshots import tree
 from wemoe_plugin.checkpoints.manifest import doubt_output
 from wemoe_plugin.checkpoints.staging import staged_directory
 from wemoe_plugin.errors import CheckpointError, WemoeError
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.recipe.loading import load_recipe
 

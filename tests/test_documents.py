@@ -14,7 +14,7 @@ import wemoe_plugin
 from wemoe_plugin.checkpoints.checkpoint import OPEN_CLIP_CONFIG, TRANSFORMERS_CONFIG
 from wemoe_plugin.checkpoints.torch_file import TORCH_SUFFIXES
 from wemoe_plugin.demo.workspace import prepare_demo
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.recipe.loading import load_recipe
 from wemoe_plugin.recipe.methods import METHODS

@@ -14,7 +14,7 @@ from architectures import ROWS, save
 from models import fine_tuned
 from torch import nn
 
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.modeling.loading import load_model
 from wemoe_plugin.modeling.wemoe import wemoe_modules
 from wemoe_plugin.pipeline.merge import merge

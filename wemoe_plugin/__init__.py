@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wemoe_plugin.errors import CheckpointError, PlanError, RecipeError, TuningError, WemoeError
     from wemoe_plugin.merging.mergekit_bridge import register_methods
-    from wemoe_plugin.merging.plan import MergePlan, plan_merge
+    from wemoe_plugin.merging.plan import MergePlan
+    from wemoe_plugin.merging.planner import plan_merge
     from wemoe_plugin.modeling.attach import attach
     from wemoe_plugin.modeling.ensembled_linear import EnsembledLinear
     from wemoe_plugin.modeling.loading import load_model
@@ -44,7 +45,8 @@ __all__ = [
 _HOMES = {
     "errors": ("CheckpointError", "PlanError", "RecipeError", "TuningError", "WemoeError"),
     "merging.mergekit_bridge": ("register_methods",),
-    "merging.plan": ("MergePlan", "plan_merge"),
+    "merging.plan": ("MergePlan",),
+    "merging.planner": ("plan_merge",),
     "modeling.attach": ("attach",),
     "modeling.ensembled_linear": ("EnsembledLinear",),
     "modeling.loading": ("load_model",),

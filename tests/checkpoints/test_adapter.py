@@ -27,7 +27,7 @@ from wemoe_plugin.checkpoints.sources import AdaptedTensor
 from wemoe_plugin.checkpoints.tensors import read_as, read_tensors
 from wemoe_plugin.errors import CheckpointError
 from wemoe_plugin.merging.memory import fitting_chunk, operation_memory
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.recipe.loading import load_recipe
 

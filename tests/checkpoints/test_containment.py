@@ -18,7 +18,7 @@ from wemoe_plugin.checkpoints.containment import file_in
 from wemoe_plugin.checkpoints.header import read_header
 from wemoe_plugin.checkpoints.torch_file import read_torch_header
 from wemoe_plugin.errors import CheckpointError
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.pipeline.convert import convert
 from wemoe_plugin.recipe.loading import load_recipe
 

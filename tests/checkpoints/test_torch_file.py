@@ -23,7 +23,7 @@ from wemoe_plugin.checkpoints.ranges import RangeReader
 from wemoe_plugin.checkpoints.tensors import read_tensors
 from wemoe_plugin.checkpoints.torch_file import read_torch_header
 from wemoe_plugin.errors import CheckpointError
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.modeling.loading import load_model
 from wemoe_plugin.pipeline.convert import convert
 from wemoe_plugin.pipeline.merge import merge

@@ -19,7 +19,8 @@ from wemoe_plugin.merging import executor, tensor_worker, work
 from wemoe_plugin.merging.executor import execute_plan
 from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, is_plain, operation_memory, piece_memory
 from wemoe_plugin.merging.operations import Compress
-from wemoe_plugin.merging.plan import MergePlan, plan_merge
+from wemoe_plugin.merging.plan import MergePlan
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.recipe.loading import load_recipe
 from wemoe_plugin.task_vectors.low_rank import truncated_svd
 

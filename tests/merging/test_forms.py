@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wemoe_plugin.merging.executor import execute_plan
 from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, operation_memory, piece_memory
 from wemoe_plugin.merging.operations import Compress
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.merging.survey import losses, settle
 from wemoe_plugin.modeling.loading import load_model
 from wemoe_plugin.modeling.wemoe import wemoe_modules

@@ -13,7 +13,8 @@ from wemoe_plugin.merging import executor
 from wemoe_plugin.merging.executor import execute_plan
 from wemoe_plugin.merging.journal import Journal
 from wemoe_plugin.merging.operations import Operation
-from wemoe_plugin.merging.plan import MergePlan, plan_merge
+from wemoe_plugin.merging.plan import MergePlan
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.merging.work import Piece, make_worker
 from wemoe_plugin.recipe.loading import load_recipe
 

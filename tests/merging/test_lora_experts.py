@@ -21,7 +21,7 @@ from wemoe_plugin.checkpoints.ranges import RangeReader
 from wemoe_plugin.checkpoints.sources import AdaptedTensor, Source
 from wemoe_plugin.errors import CheckpointError
 from wemoe_plugin.merging import tensor_worker
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.merging.survey import settle
 from wemoe_plugin.merging.tensor_worker import TensorWorker
 from wemoe_plugin.modeling.loading import load_model

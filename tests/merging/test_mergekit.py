@@ -31,7 +31,7 @@ from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.executor import execute_plan
 from wemoe_plugin.merging.mergekit_bridge import merge_tensors, register_methods
 from wemoe_plugin.merging.operations import Delegate, OutputTensor
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.merging.spectral import isotropic_merge
 from wemoe_plugin.recipe.loading import load_recipe
 from wemoe_plugin.recipe.methods import METHODS

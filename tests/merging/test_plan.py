@@ -14,7 +14,8 @@ from models import open_clip_family, save_open_clip, save_state, transformers_fa
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.names import relative_depths
 from wemoe_plugin.merging.operations import Combine, Copy, Upscale
-from wemoe_plugin.merging.plan import MergePlan, plan_merge
+from wemoe_plugin.merging.plan import MergePlan
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.recipe.loading import load_recipe
 
 HEAD = """\

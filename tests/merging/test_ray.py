@@ -22,7 +22,8 @@ from wemoe_plugin.merging.executor import execute_plan
 from wemoe_plugin.merging.journal import Journal
 from wemoe_plugin.merging.memory import peak_memory
 from wemoe_plugin.merging.operations import Combine, Compress, Delegate, Upscale
-from wemoe_plugin.merging.plan import MergePlan, plan_merge
+from wemoe_plugin.merging.plan import MergePlan
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.merging.survey import settle
 from wemoe_plugin.merging.work import pieces
 from wemoe_plugin.recipe.loading import load_recipe

@@ -23,7 +23,8 @@ from wemoe_plugin.checkpoints.ranges import RangeReader
 from wemoe_plugin.errors import CheckpointError, PlanError, RecipeError
 from wemoe_plugin.merging.memory import PROCESS_BYTES, spectrum_memory
 from wemoe_plugin.merging.operations import Compress
-from wemoe_plugin.merging.plan import MergePlan, plan_merge
+from wemoe_plugin.merging.plan import MergePlan
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.merging.survey import settle, survey_memory
 from wemoe_plugin.merging.tensor_worker import TensorWorker
 from wemoe_plugin.pipeline import merge as pipeline

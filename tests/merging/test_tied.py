@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.merging.executor import execute_plan
-from wemoe_plugin.merging.plan import MergePlan, plan_merge
+from wemoe_plugin.merging.plan import MergePlan
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.recipe.loading import load_recipe
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from wemoe_plugin.errors import CheckpointError, PlanError
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.modeling.attach import attach
 from wemoe_plugin.modeling.loading import load_model
 from wemoe_plugin.modeling.wemoe import wemoe_modules

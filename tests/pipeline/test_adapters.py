@@ -15,7 +15,7 @@ from models import open_clip_family
 from safetensors.torch import load_file
 from snapshots import tree
 
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.modeling.loading import load_static
 from wemoe_plugin.pipeline.adapters import export_adapters
 from wemoe_plugin.pipeline.merge import merge

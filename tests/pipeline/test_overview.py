@@ -10,7 +10,7 @@ import pytest
 from models import open_clip_family
 from safetensors.torch import load_file
 
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.recipe.loading import load_recipe
 

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel
 
 from wemoe_plugin.errors import CheckpointError, TuningError
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.pipeline.evaluate import evaluate_directory
 from wemoe_plugin.pipeline.merge import merge, recipe_of
 from wemoe_plugin.pipeline.tune import tune_directory

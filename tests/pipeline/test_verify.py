@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from wemoe_plugin.checkpoints.manifest import refresh_manifest
-from wemoe_plugin.merging.plan import plan_merge
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.modeling.forms import DenseForm, LowRankForm, SparseForm
 from wemoe_plugin.modeling.router import Router
 from wemoe_plugin.pipeline.merge import merge

@@ -389,6 +389,6 @@ def test_paths_start_at_the_recipe_and_then_at_the_current_folder(
 def test_reading_a_recipe_imports_no_torch() -> None:
     import subprocess
 
-    code = "import sys, wemoe_plugin.merging.plan, wemoe_plugin.cli; print('torch' in sys.modules)"
+    code = "import sys, wemoe_plugin.merging.planner, wemoe_plugin.cli; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

@@ -217,7 +217,7 @@ def _merge_whole(
 
 
 def _planned(recipe: Path, shard_size: str, seed: int | None = None) -> tuple[RecipeFile, MergePlan]:
-    from wemoe_plugin.merging.plan import plan_merge
+    from wemoe_plugin.merging.planner import plan_merge
     from wemoe_plugin.recipe.loading import load_recipe
 
     source = load_recipe(recipe)

@@ -12,8 +12,10 @@ from wemoe_plugin.merging.allocator import return_large_buffers
 from wemoe_plugin.merging.executor import one_thread_per_operation
 from wemoe_plugin.merging.memory import PROCESS_BYTES, available_processors, spectrum_memory
 from wemoe_plugin.merging.operations import Compress
-from wemoe_plugin.merging.plan import MergePlan, is_parameter, no_room, plan_merge
+from wemoe_plugin.merging.plan import MergePlan, is_parameter
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.merging.problems import takes_too_much
+from wemoe_plugin.merging.sizes import no_room
 from wemoe_plugin.recipe.loading import RecipeFile
 from wemoe_plugin.recipe.schema import TaskVectorSpec
 
