@@ -149,9 +149,16 @@ def test_other_forms_are_no_adapters(tmp_path: Path, command: Command) -> None:
     assert tree(tmp_path) == before
 
 
-def test_an_adapter_can_be_an_input_again(tmp_path: Path) -> None:
-    """With the base, as any adapter; its biases, and its own factors for a low-rank rule, included."""
-    _, experts = family(ROWS["open_clip"], tmp_path, ROWS["open_clip"].mlp)
+@pytest.mark.parametrize(
+    ("row", "weight"),
+    [("open_clip", "transformer.resblocks.0.mlp.c_fc"), ("ViT", "vit.encoder.layer.0.intermediate.dense")],
+)
+def test_an_adapter_can_be_an_input_again(tmp_path: Path, row: str, weight: str) -> None:
+    """With the base, as any adapter; its biases, and its own factors for a low-rank rule, included.
+
+    The adapter of a ViT names modules as transformers 5 does, not as the base's file.
+    """
+    _, experts = family(ROWS[row], tmp_path, ROWS[row].mlp)
     export_adapters(merged(tmp_path), tmp_path / "adapters")
     (tmp_path / "again.yaml").write_text(
         "base_model: base\nmodels: [{model: base+adapters/e1}]\nmerge_method: task_arithmetic\nrules: "
@@ -161,5 +168,5 @@ def test_an_adapter_can_be_an_input_again(tmp_path: Path) -> None:
     merge(source, plan_merge(source), tmp_path / "again")
     assert same(load_static(tmp_path / "again"), experts[1])
     first, second = (load_file(tmp_path / name / "wemoe.safetensors") for name in ("out", "again"))
-    name = "transformer.resblocks.0.mlp.c_fc.weight.task_vectors.down"
+    name = f"{weight}.weight.task_vectors.down"
     assert torch.equal(first[name][len(first[name]) // 2 :], second[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ def apply_adapter(base: Checkpoint, adapter: Path) -> Checkpoint:
     if weights is None:
         raise CheckpointError(f"{adapter}: {_WEIGHTS} is absent")
     tensors: dict[str, Source] = dict(base.tensors)
-    outer = _outer_name(adapter, read_header(weights), tensors)
+    in_file = _file_names(base, adapter, read_header(weights))
     changes: dict[str, dict[str, StoredTensor]] = {}
     modules: dict[str, str] = {}
     for key, tensor in read_header(weights).items():
@@ -63,12 +63,12 @@ def apply_adapter(base: Checkpoint, adapter: Path) -> Checkpoint:
         for suffix, (role, parameter) in _FACTORS.items():
             if inner.endswith(f".{suffix}"):
                 module = inner.removesuffix(f".{suffix}")
-                name = f"{outer}{module}.{parameter}"
+                name = in_file(f"{module}.{parameter}")
                 changes.setdefault(name, {})[role] = tensor
                 modules[name] = module
                 break
         else:
-            name = outer + inner
+            name = in_file(inner)
             if name not in tensors:
                 raise CheckpointError(f"{weights}: nothing uses {key!r}; the base has no {name!r}")
             tensors[name] = _replaced(weights, tensors[name], tensor)
@@ -130,8 +130,12 @@ def _check_pattern(adapter: Path, pattern: str) -> None:
         raise CheckpointError(f"{adapter}: alpha_pattern: {pattern!r:.100} is too intricate; write out the modules")
 
 
-def _outer_name(adapter: Path, keys: Iterable[str], base: Mapping[str, Source]) -> str:
-    """What the base's file puts before the names the adapter knows, usually nothing."""
+def _file_names(base: Checkpoint, adapter: Path, keys: Iterable[str]) -> Callable[[str], str]:
+    """From the names of parameters in the model the adapter was made for to those of the base's file.
+
+    Usually they are the same. A file may put a module's name before all of them, and transformers renames modules
+    while it loads (a file's ``encoder.layer.0`` is a ViT's ``layers.0``).
+    """
     names = []
     for key in keys:
         if not key.startswith(_PREFIX):
@@ -144,11 +148,27 @@ def _outer_name(adapter: Path, keys: Iterable[str], base: Mapping[str, Source]) 
         names.append(inner)
     if not names:
         raise CheckpointError(f"{adapter / _WEIGHTS}: holds no tensors")
-    if names[0] in base:
-        return ""
-    outers = [name.removesuffix(names[0]) for name in base if name.endswith(f".{names[0]}")]
-    fitting = [outer for outer in outers if all(outer + name in base for name in names)]
-    return fitting[0] if len(fitting) == 1 else ""
+    if all(name in base.tensors for name in names):
+        return lambda name: name
+    outers = [name.removesuffix(names[0]) for name in base.tensors if name.endswith(f".{names[0]}")]
+    fitting = [outer for outer in outers if all(outer + name in base.tensors for name in names)]
+    if len(fitting) == 1:
+        return lambda name: fitting[0] + name
+    renamed = _renamed(base)
+    return lambda name: renamed.get(name, name)
+
+
+def _renamed(base: Checkpoint) -> dict[str, str]:
+    """Names of parameters in the base's model, each with the one of its file; empty if there is no model to ask."""
+    if base.library != "transformers":
+        return {}
+    from wemoe_plugin.checkpoints.module_names import live_names, transformers_skeleton
+
+    try:
+        model = transformers_skeleton(base.path, base.config)
+    except Exception:  # transformers raises anything; what does not fit is named by the caller
+        model = None
+    return {} if model is None else {live: name for name, live in live_names(model, base.tensors).items()}
 
 
 def _plain_name(key: str) -> str:

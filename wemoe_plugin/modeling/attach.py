@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from wemoe_plugin.checkpoints.containment import file_in
+from wemoe_plugin.checkpoints.conv1d import is_conv1d
 from wemoe_plugin.checkpoints.staging import write_atomically
 from wemoe_plugin.errors import CheckpointError
 from wemoe_plugin.modeling.composition import WORKING_BYTES
 from wemoe_plugin.modeling.config import ROUTERS_NAME, WemoeConfig, read_config
 from wemoe_plugin.modeling.ensembled_linear import EnsembledLinear, Routing
 from wemoe_plugin.modeling.forms import DenseForm, Form, LowRankForm, SparseForm
-from wemoe_plugin.modeling.naming import is_conv1d
 from wemoe_plugin.modeling.placement import PlacedLayer, PlacedModule, place
 from wemoe_plugin.modeling.router import Router
 from wemoe_plugin.modeling.sequence import SequenceState, watch

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from wemoe_plugin.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
+from wemoe_plugin.checkpoints.module_names import transformers_class, transformers_skeleton
 from wemoe_plugin.checkpoints.tensors import read_tensors
 from wemoe_plugin.errors import CheckpointError
 
@@ -106,7 +107,7 @@ class TransformersFamily:
 
     def build(self, directory: Path, dtype: torch.dtype, overlay: Mapping[str, Tensor] | None = None) -> nn.Module:
         checkpoint = open_checkpoint(directory)
-        kind = _transformers_class(checkpoint)
+        kind = transformers_class(checkpoint.config)
         if kind is None:
             raise CheckpointError(f"{directory}: config.json names no class of transformers under 'architectures'")
         state = {**read_tensors(checkpoint), **overlay} if overlay else None
@@ -125,11 +126,9 @@ class TransformersFamily:
         return model.eval()  # type: ignore[no-any-return]
 
     def skeleton(self, directory: Path) -> nn.Module | None:
-        kind = _transformers_class(open_checkpoint(directory))
-        if kind is None:
-            return None
-        with _quiet(), _as_checkpoint_error(directory), torch.device("meta"):
-            return kind(kind.config_class.from_pretrained(directory, local_files_only=True))  # type: ignore[no-any-return]
+        config = open_checkpoint(directory).config
+        with _quiet(), _as_checkpoint_error(directory):
+            return transformers_skeleton(directory, config)
 
     def image_transform(self, directory: Path) -> Callable[[Image.Image], Tensor]:
         from transformers import AutoImageProcessor
@@ -157,13 +156,6 @@ class TransformersFamily:
 
 FAMILIES: Mapping[str, ModelFamily] = {"open_clip": OpenClipFamily(), "transformers": TransformersFamily()}
 """By the name `wemoe_plugin.checkpoints.checkpoint.Checkpoint.library` gives them."""
-
-
-def _transformers_class(checkpoint: Checkpoint) -> Any:
-    import transformers
-
-    names = checkpoint.config.get("architectures") or []
-    return getattr(transformers, names[0], None) if names else None
 
 
 def _features(model: nn.Module, method: str, inputs: Mapping[str, Any]) -> Tensor:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from wemoe_plugin.checkpoints.conv1d import is_conv1d
+from wemoe_plugin.checkpoints.module_names import live_names
 from wemoe_plugin.modeling.config import LayerConfig, ModuleConfig, WemoeConfig
-from wemoe_plugin.modeling.naming import is_conv1d, live_names
 
 
 @dataclass(frozen=True)

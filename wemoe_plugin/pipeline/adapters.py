@@ -11,14 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
+from wemoe_plugin.checkpoints.conv1d import is_conv1d
 from wemoe_plugin.checkpoints.manifest import MANIFEST_NAME, doubt_output, write_manifest
+from wemoe_plugin.checkpoints.module_names import live_names
 from wemoe_plugin.checkpoints.ranges import RangeReader
 from wemoe_plugin.checkpoints.staging import staged_directory
 from wemoe_plugin.checkpoints.tensors import TORCH_DTYPE, read_as
 from wemoe_plugin.errors import CheckpointError, PlanError
 from wemoe_plugin.modeling.config import read_config
 from wemoe_plugin.modeling.families import FAMILIES
-from wemoe_plugin.modeling.naming import is_conv1d, live_names
 from wemoe_plugin.modeling.stored import StoredVectors, stored_vectors
 from wemoe_plugin.pipeline.merge import recipe_of
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wemoe_plugin.checkpoints.containment import file_in
+from wemoe_plugin.checkpoints.conv1d import is_conv1d
 from wemoe_plugin.checkpoints.header import StoredTensor, read_header
 from wemoe_plugin.checkpoints.ranges import RangeReader
 from wemoe_plugin.checkpoints.tensors import read_as
 from wemoe_plugin.modeling.config import NORMS, WemoeConfig, read_config
 from wemoe_plugin.modeling.ensembled_linear import EnsembledLinear
-from wemoe_plugin.modeling.naming import is_conv1d
 from wemoe_plugin.modeling.placement import PlacedModule, place
 from wemoe_plugin.modeling.stored import StoredVectors, stored_vectors
 from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE

@@ -1,13 +1,34 @@
-"""Where a checkpoint's tensors live in a model: libraries may name a module otherwise than files do."""
+"""What the library of a checkpoint calls its tensors: modules may be named otherwise than files name them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
-CONV1D = ("Conv1D", "transformers.pytorch_utils")
-"""GPT-2's layer: a Linear layer that keeps its weight as (in, out)."""
+
+def transformers_class(config: Mapping[str, Any]) -> Any:
+    """The class that a configuration names, or None."""
+    import transformers
+
+    names = config.get("architectures") or []
+    return getattr(transformers, names[0], None) if names else None
+
+
+def transformers_skeleton(directory: Path, config: Mapping[str, Any]) -> nn.Module | None:
+    """A directory's model without memory for its weights; None if its class is not named.
+
+    Raises:
+        Exception: of any kind, if the library cannot build it.
+    """
+    kind = transformers_class(config)
+    if kind is None:
+        return None
+    with torch.device("meta"):
+        return kind(kind.config_class.from_pretrained(directory, local_files_only=True))  # type: ignore[no-any-return]
 
 
 def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -53,8 +74,3 @@ def _renaming(model: nn.Module, known: set[str]) -> Callable[[str], str]:
         return name if converter is not None else renamed
 
     return rename
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a layer is transformers' Conv1D."""
-    return (type(module).__name__, type(module).__module__) == CONV1D
