@@ -9,8 +9,48 @@ from wemoe_plugin.checkpoints.header import StoredTensor
 
 
 @dataclass(frozen=True)
-class AdaptedTensor:
-    """W + s·B·A, or for weights stored as (in, out) W + s·(B·A)ᵀ; read by ranges like a `StoredTensor`.
+class _ChangedTensor:
+    """A stored tensor with a change on top; read by ranges like a `StoredTensor`."""
+
+    stored: StoredTensor
+
+    @property
+    def change(self) -> tuple[StoredTensor, ...]:
+        """What the change is computed from."""
+        raise NotImplementedError
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file, *(part.file for part in self.change))
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def elements(self) -> int:
+        return self.stored.elements
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.nbytes + sum(part.nbytes for part in self.change)
+
+
+@dataclass(frozen=True)
+class AdaptedTensor(_ChangedTensor):
+    """W + s·B·A, or for weights stored as (in, out) W + s·(B·A)ᵀ.
 
     Attributes:
         stored: W.
@@ -20,43 +60,18 @@ class AdaptedTensor:
         transposed: whether the weight is stored as (in, out).
     """
 
-    stored: StoredTensor
     down: StoredTensor
     up: StoredTensor
     scale: float
     transposed: bool
 
     @property
-    def file(self) -> Path:
-        return self.stored.file
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.stored.file, self.down.file, self.up.file)
-
-    @property
-    def name(self) -> str:
-        return self.stored.name
-
-    @property
-    def dtype(self) -> str:
-        return self.stored.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def elements(self) -> int:
-        return self.stored.elements
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored.nbytes + self.down.nbytes + self.up.nbytes
+    def change(self) -> tuple[StoredTensor, ...]:
+        return (self.down, self.up)
 
 
 @dataclass(frozen=True)
-class ShiftedTensor:
+class ShiftedTensor(_ChangedTensor):
     """b + s·c: a bias and what a LoRA change adds to it (``lora_bias``).
 
     Attributes:
@@ -65,37 +80,12 @@ class ShiftedTensor:
         scale: s, that of the weight's change.
     """
 
-    stored: StoredTensor
     shift: StoredTensor
     scale: float
 
     @property
-    def file(self) -> Path:
-        return self.stored.file
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.stored.file, self.shift.file)
-
-    @property
-    def name(self) -> str:
-        return self.stored.name
-
-    @property
-    def dtype(self) -> str:
-        return self.stored.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape
-
-    @property
-    def elements(self) -> int:
-        return self.stored.elements
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored.nbytes + self.shift.nbytes
+    def change(self) -> tuple[StoredTensor, ...]:
+        return (self.shift,)
 
 
 Source = StoredTensor | AdaptedTensor | ShiftedTensor

@@ -51,6 +51,10 @@ class Mixture:
     divisor: float = 1.0
     scale: float = 1.0
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.inputs if self.base is None else (self.base, *self.inputs)
+
 
 @dataclass(frozen=True)
 class Copy:
@@ -80,7 +84,7 @@ class Combine:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        return _sources(self.mixture)
+        return self.mixture.sources
 
     @property
     def written(self) -> tuple[OutputTensor, ...]:
@@ -102,7 +106,7 @@ class Upscale:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        return _sources(self.mixture)
+        return self.mixture.sources
 
     @property
     def written(self) -> tuple[OutputTensor, ...]:
@@ -190,7 +194,3 @@ class Delegate:
 
 
 Operation = Copy | Combine | Upscale | Compress | Delegate
-
-
-def _sources(mixture: Mixture) -> tuple[Source, ...]:
-    return mixture.inputs if mixture.base is None else (mixture.base, *mixture.inputs)

@@ -23,7 +23,7 @@ _CROSS_ATTENTION = ("EncDecAttention", "crossattention", "encoder_attn")
 _EMBEDDINGS = ("embed", "wte", "wpe", "relative_attention_bias", "token_type", "shared")
 
 
-Form = Literal["dense", "low_rank", "sparse"]
+FormName = Literal["dense", "low_rank", "sparse"]
 Shape = tuple[int, ...]
 
 
@@ -41,7 +41,7 @@ class UpscaledLayer:
 
     tensor: str
     path: str
-    form: Form
+    form: FormName
     vectors: tuple[tuple[str, Shape], ...]
     sizes: tuple[int, ...] = ()
 
@@ -83,7 +83,7 @@ class UpscaledModule:
     router: PlannedRouter
     layers: tuple[UpscaledLayer, ...]
     tensors: tuple[str, ...]
-    form: Form
+    form: FormName
     argument: int = 0
 
 
@@ -199,18 +199,18 @@ def _module(
         relative = layer[len(path) + 1 :]
         kept = f"{layer}.weight.task_vectors"
         chosen = () if form.form == "dense" else sizes(weight)
-        vectors = stored_vectors(kept, form.form, tensors[weight].shape, len(first), chosen)
+        vectors = vectors_to_store(kept, form.form, tensors[weight].shape, len(first), chosen)
         layers.append(UpscaledLayer(weight, relative, form.form, vectors, chosen))
         bias = f"{layer}.bias"
         if bias in names:
-            vectors = stored_vectors(f"{bias}.task_vectors", "dense", tensors[bias].shape, len(first), ())
+            vectors = vectors_to_store(f"{bias}.task_vectors", "dense", tensors[bias].shape, len(first), ())
             layers.append(UpscaledLayer(bias, relative, "dense", vectors))
     argument = 0 if half is None else 1
     return UpscaledModule(path, index, first, router, tuple(layers), tuple(names), form.form, argument)
 
 
-def stored_vectors(
-    name: str, form: Form, shape: Shape, experts: int, sizes: tuple[int, ...]
+def vectors_to_store(
+    name: str, form: FormName, shape: Shape, experts: int, sizes: tuple[int, ...]
 ) -> tuple[tuple[str, Shape], ...]:
     """Name and shape of what is stored for a parameter's task vectors.
 
