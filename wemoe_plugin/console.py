@@ -43,7 +43,7 @@ def timed(timings: dict[str, float], name: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(total: int, quiet: bool) -> Iterator[Progress | None]:
+def progress_bar(total: int, quiet: bool, doing: str = "merging") -> Iterator[Progress | None]:
     """A bar over bytes on a terminal, nothing elsewhere."""
     if quiet or not sys.stderr.isatty():
         yield None
@@ -51,9 +51,9 @@ def progress_bar(total: int, quiet: bool) -> Iterator[Progress | None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        job = bar.add_task("merge", total=total)
+        job = bar.add_task(doing, total=total)
         yield lambda done: bar.advance(job, done)
 
 

@@ -20,12 +20,13 @@ from snapshots import tree
 from torch import Tensor
 
 from wemoe_plugin.checkpoints.ranges import RangeReader
+from wemoe_plugin.console import format_size
 from wemoe_plugin.errors import CheckpointError, PlanError, RecipeError
 from wemoe_plugin.merging.memory import PROCESS_BYTES, spectrum_memory
 from wemoe_plugin.merging.operations import Compress
 from wemoe_plugin.merging.plan import MergePlan
 from wemoe_plugin.merging.planner import plan_merge
-from wemoe_plugin.merging.survey import settle, survey_memory
+from wemoe_plugin.merging.survey import compressions, losses, settle, survey_bytes, survey_memory
 from wemoe_plugin.merging.tensor_worker import TensorWorker
 from wemoe_plugin.pipeline import merge as pipeline
 from wemoe_plugin.pipeline.merge import is_merged, merge
@@ -258,10 +259,11 @@ def test_a_merge_of_open_ranks_that_was_killed_goes_on(family: Path, monkeypatch
     source, plan = planned(family, OPEN)
     merge(source, plan, family / "whole")
     before, seen, ran = tree(family), [], []
+    looks = len(compressions(plan))  # at singular values, before the merge
 
     def dying(_: int) -> None:
         seen.append(1)
-        if len(seen) == 20:
+        if len(seen) == looks + 20:
             raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
@@ -338,6 +340,34 @@ def test_a_plan_that_measures_has_no_open_ranks(family: Path, command: Command) 
     assert found["settled"]
     assert found["parameters"]["task_vectors"] == settle(source, plan).vector_parameters
     assert found["peak_memory"] >= survey_memory(source, plan, 1)
+
+
+def test_progress_counts_the_look_at_singular_values_and_what_is_told_has_the_chosen_ranks(
+    family: Path, command: Command
+) -> None:
+    source, plan = planned(family, OPEN)
+    done: list[int] = []
+    settled = merge(source, plan, family / "out", progress=done.append)
+    assert sum(done) == survey_bytes(source, plan) + plan.bytes_read
+    assert 0 < survey_bytes(source, plan) < plan.bytes_read
+    written = sum(path.stat().st_size for path in (family / "out").glob("*.safetensors"))
+    assert 0 <= written - settled.bytes_written < 20_000  # headers and routers
+    assert settled.bytes_written < plan.bytes_written
+    done.clear()
+    losses(settled, progress=done.append)
+    assert sum(done) == sum(s.nbytes for o in compressions(settled) for s in o.sources)
+    _, said, _ = command(family / "recipe.yaml", "--out", family / "other")
+    assert f"into {format_size(settled.bytes_written)} in" in said
+
+
+def test_limits_of_a_plan_that_measures(family: Path, command: Command) -> None:
+    planned(family, OPEN)
+    assert command("plan", family / "recipe.yaml", "--measure", "--max-memory", "1GiB", "--jobs", "1")[0] == 0
+    status, _, err = command("plan", family / "recipe.yaml", "--measure", "--max-memory", "5000")
+    assert (status, "bytes at once; --max-memory allows 5,000" in err) == (2, True)
+    for option in (("--max-memory", "1GiB"), ("--device", "cuda")):
+        status, _, err = command("plan", family / "recipe.yaml", *option)
+        assert (status, "--max-memory and --device are for --measure" in err) == (2, True)
 
 
 def test_compressed_tensors_larger_than_dense_are_told(family: Path, command: Command) -> None:

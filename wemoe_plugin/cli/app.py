@@ -42,6 +42,7 @@ DirectoryArgument = Annotated[Path, typer.Argument(metavar="DIR", help="An outpu
 DeviceOption = Annotated[str, typer.Option(help="Where models run and tensors are merged: cpu, cuda, cuda:1, mps.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")]
+MemoryOption = Annotated[str | None, typer.Option(help="Limit of all buffers together, such as 4GiB.")]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of routers and data order; default the recipe's.")]
 ShardOption = Annotated[str, typer.Option(help="Largest weights file to write, such as 5GB; open_clip keeps one file.")]
 

@@ -10,6 +10,7 @@ import typer
 from wemoe_plugin.cli.app import (
     DeviceOption,
     JsonOption,
+    MemoryOption,
     QuietOption,
     RecipeArgument,
     SeedOption,
@@ -50,7 +51,7 @@ def merge_command(
     no_tune: Annotated[bool, typer.Option("--no-tune", help="Merge only, even if the recipe has tuning.")] = False,
     engine: Annotated[str, typer.Option(help="Who merges: threads, or ray for the workers of a cluster.")] = "threads",
     jobs: Annotated[int | None, typer.Option(min=1, help="Threads or workers; default all processors.")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="Limit of all buffers together, such as 4GiB.")] = None,
+    max_memory: MemoryOption = None,
     shard_size: ShardOption = "5GB",
     device: DeviceOption = "cpu",
     seed: SeedOption = None,
@@ -108,8 +109,11 @@ def merge_command(
             "max_memory": limit,
             "device": device,
         }
-        with timed(timings, "merge"), progress_bar(plan.bytes_read, quiet or json) as progress:
-            merge(source, plan, target, progress=progress, **options)
+        from wemoe_plugin.merging.survey import survey_bytes
+
+        read = survey_bytes(source, plan) + plan.bytes_read
+        with timed(timings, "merge"), progress_bar(read, quiet or json) as progress:
+            plan = merge(source, plan, target, progress=progress, **options)
         sizes = f"{format_size(plan.bytes_read)} into {format_size(plan.bytes_written)}"
         say(f"merged {sizes} in {timings['merge']:.1f} s: {target}")
     result: dict[str, Any] = {"directory": str(target), "seconds": timings}
@@ -134,13 +138,19 @@ def plan_command(
     measure: Annotated[
         bool, typer.Option("--measure", help="Read the task vectors: choose ranks, show what compression loses.")
     ] = False,
+    max_memory: MemoryOption = None,
     device: DeviceOption = "cpu",
     json: JsonOption = False,
 ) -> None:
     """Show what a merge would do, from the files' headers alone (unless told to measure); nothing is written."""
+    if not measure and (max_memory is not None or device != "cpu"):
+        raise WemoeError("--max-memory and --device are for --measure; a plan alone reads no tensor")
+    limit = None if max_memory is None else parse_size(max_memory, "--max-memory")
     if (whole := _whole(recipe)) is not None:
         from wemoe_plugin.pipeline.handover import whole_lines
 
+        if measure:
+            raise WemoeError(f"{recipe}: mergekit carries out such a recipe; there are no task vectors to measure")
         lines = whole_lines(whole, format_size)
         if json:
             print_json({"mergekit": list(whole.keys), "models": list(whole.models)})
@@ -150,14 +160,17 @@ def plan_command(
     source, plan = _planned(recipe, shard_size)
     from wemoe_plugin.merging.memory import available_processors, peak_memory
     from wemoe_plugin.merging.plan_table import plan_json, plan_lines
-    from wemoe_plugin.merging.survey import losses, settle, survey_memory
+    from wemoe_plugin.merging.survey import compressions, losses, settle, survey_bytes, survey_memory
 
     jobs = jobs or available_processors()
     lost: list[Loss] = []
     if measure:
         check_device(device)
-        plan = settle(source, plan, jobs=jobs, device=device)
-        lost = losses(plan, jobs=jobs, device=device)
+        options: dict[str, Any] = {"jobs": jobs, "max_memory": limit, "device": device}
+        read = survey_bytes(source, plan) + sum(s.nbytes for o in compressions(plan) for s in o.sources)
+        with progress_bar(read, json, "measuring") as progress:
+            plan = settle(source, plan, progress=progress, **options)
+            lost = losses(plan, progress=progress, **options)
     peak = max(peak_memory(plan.operations, plan.dtype, jobs), survey_memory(source, plan, jobs))
     if json:
         print_json(plan_json(plan, peak, lost))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from wemoe_plugin.checkpoints.ranges import RangeReader
 from wemoe_plugin.merging.allocator import return_large_buffers
 from wemoe_plugin.merging.executor import one_thread_per_operation
-from wemoe_plugin.merging.memory import PROCESS_BYTES, available_processors, spectrum_memory
+from wemoe_plugin.merging.memory import PROCESS_BYTES, available_processors, compression_memory, spectrum_memory
 from wemoe_plugin.merging.operations import Compress
 from wemoe_plugin.merging.plan import MergePlan, is_parameter
 from wemoe_plugin.merging.planner import plan_merge
@@ -75,12 +75,7 @@ def settle(
         return plan
     specs = _specs(source, plan)
     wanted = _open(plan, specs)
-    needed = max(spectrum_memory(operation, plan.dtype) for operation in wanted)
-    if max_memory is not None:
-        if needed > max_memory:
-            largest = next(o for o in wanted if spectrum_memory(o, plan.dtype) == needed)
-            raise takes_too_much(largest.output, needed, max_memory)
-        jobs = min(jobs or available_processors(), max_memory // needed)
+    jobs = _bounded(wanted, lambda operation: spectrum_memory(operation, plan.dtype), jobs, max_memory)
     spectra = _each(plan, wanted, lambda worker, o: worker.singular_values(o), jobs, device, progress)
     chosen = dict.fromkeys(_still(wanted, spectra), 0)
     chosen |= _by_energy(wanted, spectra, specs, chosen)
@@ -97,24 +92,41 @@ def survey_memory(source: RecipeFile, plan: MergePlan, jobs: int) -> int:
     return sum(sorted(needs, reverse=True)[:jobs]) + PROCESS_BYTES["torch"] if needs else 0
 
 
+def survey_bytes(source: RecipeFile, plan: MergePlan) -> int:
+    """Input bytes that `settle` reads; 0 if the recipe leaves no rank open."""
+    return sum(read.nbytes for operation in _open(plan, _specs(source, plan)) for read in operation.sources)
+
+
 def losses(
-    plan: MergePlan, *, jobs: int | None = None, device: str = "cpu", progress: Progress | None = None
+    plan: MergePlan,
+    *,
+    jobs: int | None = None,
+    max_memory: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> list[Loss]:
     """Compress every task vector that the plan compresses, keeping only what is lost.
 
     Args:
         plan: a settled plan.
         jobs: threads; default all processors.
+        max_memory: bytes of all buffers together.
         device: where, a name of torch's.
         progress: told about input bytes as they are done.
+
+    Raises:
+        PlanError: one tensor needs more than ``max_memory``.
+        CheckpointError: an input was changed meanwhile.
     """
     paths = {layer.tensor: module.path for module in plan.modules for layer in module.layers}
-    wanted = _compressions(plan)
+    wanted = compressions(plan)
+    jobs = _bounded(wanted, lambda operation: compression_memory(operation, plan.dtype), jobs, max_memory)
     norms = _each(plan, wanted, lambda worker, o: worker.compressed(o)[2].tolist(), jobs, device, progress)
     return [Loss(paths[o.output.name], o.form, *pair) for o, pair in zip(wanted, norms, strict=True)]
 
 
-def _compressions(plan: MergePlan) -> list[Compress]:
+def compressions(plan: MergePlan) -> list[Compress]:
+    """Every task vector that the plan compresses."""
     return [operation for operation in plan.operations if isinstance(operation, Compress)]
 
 
@@ -130,7 +142,7 @@ def _specs(source: RecipeFile, plan: MergePlan) -> dict[str, TaskVectorSpec]:
 
 def _open(plan: MergePlan, specs: Mapping[str, TaskVectorSpec]) -> list[Compress]:
     """The compressions whose ranks depend on singular values."""
-    return [operation for operation in _compressions(plan) if specs[operation.output.name].open_rank is not None]
+    return [operation for operation in compressions(plan) if specs[operation.output.name].open_rank is not None]
 
 
 def _still(wanted: Sequence[Compress], spectra: Sequence[Tensor]) -> set[int]:
@@ -192,11 +204,28 @@ def _by_budget(
     return dict(zip(limited, ranks, strict=True))
 
 
+def _bounded(
+    operations: Sequence[Compress], needs: Callable[[Compress], int], jobs: int | None, max_memory: int | None
+) -> int:
+    """As many threads as memory allows.
+
+    Raises:
+        PlanError: it does not allow one.
+    """
+    jobs = jobs or available_processors()
+    if max_memory is None or not operations:
+        return jobs
+    largest = max(operations, key=needs)
+    if needs(largest) > max_memory:
+        raise takes_too_much(largest.output, needs(largest), max_memory)
+    return min(jobs, max_memory // needs(largest))
+
+
 def _each(
     plan: MergePlan,
     operations: Sequence[Compress],
     look: Callable[[TensorWorker, Compress], _Result],
-    jobs: int | None,
+    jobs: int,
     device: str,
     progress: Progress | None,
 ) -> list[_Result]:
@@ -204,7 +233,6 @@ def _each(
     from wemoe_plugin.merging.tensor_worker import TensorWorker
 
     return_large_buffers()
-    jobs = jobs or available_processors()
     with RangeReader(plan.stamps) as reader:
         worker = TensorWorker(plan.dtype, device, reader, {})
 

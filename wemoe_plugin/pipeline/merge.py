@@ -38,7 +38,7 @@ def merge(
     max_memory: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> None:
+) -> MergePlan:
     """Carry out a plan; the output directory appears whole or not at all.
 
     Args:
@@ -51,7 +51,10 @@ def merge(
         jobs: threads or workers; default all processors.
         max_memory: bytes of all buffers together.
         device: where the arithmetic is done, a name of torch's.
-        progress: told about input bytes as they are done.
+        progress: told about input bytes as they are done, those that `settle` reads among them.
+
+    Returns:
+        What was carried out: the plan with all its ranks.
 
     Raises:
         WemoeError: see `wemoe_plugin.merging.executor.execute_plan` and
@@ -63,7 +66,7 @@ def merge(
     made_from = _fingerprint(source, plan, device, max_memory)
     recipe = source.path.read_bytes()  # as it is now, whatever becomes of the file meanwhile
     tasks = None if source.tasks_path is None else source.tasks_path.read_bytes()
-    plan = settle(source, plan, jobs=jobs, max_memory=max_memory, device=device)
+    plan = settle(source, plan, jobs=jobs, max_memory=max_memory, device=device, progress=progress)
     # Singular values decide about ranks, and so about the files: what a killed run left fits the same ranks only.
     begun_from = _fingerprint(source, plan, device, max_memory)
     with staged_directory(out, force, doubt_output, made_from=begun_from, resume=resume) as stage:
@@ -97,6 +100,7 @@ def merge(
         }
         digest = hashlib.sha256(recipe).hexdigest()
         write_manifest(work, {**places, "recipe_sha256": digest, "made_from": made_from})
+    return plan
 
 
 def is_merged(source: RecipeFile, plan: MergePlan, out: Path, device: str, max_memory: int | None) -> bool:
