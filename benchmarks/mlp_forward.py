@@ -8,9 +8,9 @@ Prints ratios of medians over rounds in which the variants take turns; rounds th
 (see rounds.py). Each shape is measured in several processes, and the least and largest of their ratios are printed
 beside the median one.
 
-The processes keep what they free (see pages.py), which is the case that flatters the reference most: it makes a new
-weight for every expert and sample, and takes up to five times as long if all of that comes from fresh pages, as it
-does or does not by chance with --allocator default. What is left of its spread is that of the machine's memory, whose
+The reference makes a new weight for every expert and sample, so its time depends on where the memory comes from. On a
+CPU it is measured twice: with the allocator's defaults, where much of it may come in fresh pages, and with everything
+kept that is freed (see pages.py), the kindest case. What is left of its spread is that of the machine's memory, whose
 rate is printed too: on shared machines it depends on the neighbours.
 
 On a card the process waits for it before and after every run. --compile and --cuda-graphs leave the reference alone:
@@ -51,6 +51,7 @@ REFERENCE = "per-sample reference"
 WANTED = {"WEMoE dense": "reference / >= 6, / plain <= 3.5", "WEMoE low_rank": "/ plain <= 1.35"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+ALLOCATORS = {"default": "the allocator's defaults", "keep": "freed memory kept"}
 _ADDING = "adding"
 
 Run = Callable[[], object]
@@ -156,9 +157,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"error": error.item(), "rate": rate, **timings._asdict()}
 
 
-def report(name: str, options: argparse.Namespace) -> None:
+def report(name: str, allocator: str, options: argparse.Namespace) -> None:
     """Measure one shape in several processes and print its table."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--child"]
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", allocator]
     for key in ("width", "hidden", "tokens"):
         command += [f"--{key}", str(getattr(options, key))]
     runs = []
@@ -171,9 +172,9 @@ def report(name: str, options: argparse.Namespace) -> None:
         f"\n{name}: width {options.width}, hidden {options.hidden}, {options.tokens} tokens, "
         f"{options.experts} experts, batch {options.batch}, rank {options.rank}, {', '.join(ways)}"
     )
-    kept = "freed memory kept" if options.allocator == "keep" else "the allocator's defaults"
+    kept = f"; {ALLOCATORS[allocator]}" if options.device == "cpu" else ""
     rounds = ", ".join(f"{run['quiet']} of {run['rounds']}" for run in runs)
-    print(f"{options.processes} processes, alternating rounds, undisturbed: {rounds}; {kept}; median (range)")
+    print(f"{options.processes} processes, alternating rounds, undisturbed: {rounds}{kept}; median (range)")
     rates = [run["rate"] / 1e9 for run in runs]
     print(f"adding two weights moves {spread(rates, 0)} GB/s, which bounds the reference")
     print(f"largest difference between dense and the reference: {max(run['error'] for run in runs):.1e} of the largest")
@@ -195,17 +196,19 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="*", default=[0.1, 0.01], help="of the sparse form")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--allocator", choices=["keep", "default"], default="keep", help="of a CPU's memory")
+    parser.add_argument(
+        "--allocators", choices=ALLOCATORS, nargs="*", default=list(ALLOCATORS), help="of a CPU's memory"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the plain MLP and ours")
     parser.add_argument("--cuda-graphs", action="store_true", help="play the plain MLP and ours back as CUDA graphs")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=ALLOCATORS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no card that torch can use")
     if options.cuda_graphs and not options.device.startswith("cuda"):
         parser.error("--cuda-graphs needs --device cuda")
     if options.child:
-        if options.allocator == "keep":
+        if options.child == "keep":
             keep_freed_memory()
         print(json.dumps(measure(options)))
         return
@@ -215,8 +218,10 @@ def main() -> None:
     if any(given):
         shape = tuple(own or usual for own, usual in zip(given, SHAPES["ViT-B/32"], strict=True))
         shapes = {"one shape": (shape[0], shape[1], shape[2])}
+    allocators = options.allocators if options.device == "cpu" else ["default"]
     for name, (options.width, options.hidden, options.tokens) in shapes.items():
-        report(name, options)
+        for allocator in allocators:
+            report(name, allocator, options)
     print(describe_machine(options.threads, options.device).partition(", Python")[0] + " at the end")
 
 
