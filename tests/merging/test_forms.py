@@ -15,6 +15,7 @@ from models import open_clip_family, save_open_clip
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from wemoe_plugin.errors import PlanError
 from wemoe_plugin.merging.executor import execute_plan
 from wemoe_plugin.merging.memory import CHUNK_ELEMENTS, operation_memory, piece_memory
 from wemoe_plugin.merging.operations import Compress
@@ -312,3 +313,15 @@ def test_weights_of_a_module_are_all_its_own_whoever_merges_them(tmp_path: Path,
     inspected = json.loads(command("inspect", tmp_path / "out", "--json")[1])["modules"]
     assert planned == inspected
     assert planned[0]["static_parameters"] == 2 * 4096 + 128 + 32
+
+
+def test_a_bias_is_not_upscaled_without_its_weight(tmp_path: Path) -> None:
+    open_clip_family(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(
+        "base_model: base\nmodels: [{model: e0}]\nmerge_method: task_arithmetic\nrules:\n"
+        "  - {match: visual.**.c_fc.weight, merge_method: base}\n  - {match: visual.**.mlp, merge_method: wemoe}\n"
+    )
+    with pytest.raises(
+        PlanError, match=r"c_fc\.bias is upscaled, but visual\.\S+\.c_fc\.weight.* claim both in one rule"
+    ):
+        plan_merge(load_recipe(tmp_path / "recipe.yaml"))

@@ -65,3 +65,27 @@ def test_fused_attention_is_refused_and_the_rest_stays_possible(tmp_path: Path) 
     family(ROWS["open_clip"], tmp_path, "mlp")
     with pytest.raises(PlanError, match=r"in_proj_weight belongs to an nn\.MultiheadAttention.*leave it to a static"):
         merged(tmp_path, "attention", "{}")
+
+
+@pytest.mark.parametrize(
+    ("row", "match", "message"),
+    [
+        ("Llama", "model", r"model is given a tensor of shape \[2, 8\], not features of width 16"),
+        ("T5", "decoder", r"decoder is given a tensor of shape \[2, 8\]"),
+        ("CLIP", "vision_model", r"vision_model is given a tensor of shape \[2, 3, 16, 16\]"),
+        ("open_clip with a timm tower", "visual.trunk", r"visual\.trunk is given a tensor of shape \[2, 3, 160, 160\]"),
+        ("ViT", "vit", "vit is the whole ViTForImageClassification; match modules inside of it"),
+    ],
+)
+def test_what_is_given_no_features_is_refused(tmp_path: Path, row: str, match: str, message: str) -> None:
+    """Token ids and pictures are nothing a router reads; widths may agree by chance."""
+    family(ROWS[row], tmp_path, ".")
+    with pytest.raises(PlanError, match=message):
+        merged(tmp_path, match, "{}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("row", "match"), [("Llama", "'model.layers.*'"), ("CLIP", "vision_model.encoder")])
+def test_whole_layers_and_stacks_of_them_can_be_upscaled(tmp_path: Path, row: str, match: str) -> None:
+    family(ROWS[row], tmp_path, ".")
+    assert all(check.kept for check in verify(merged(tmp_path, match, "{}")))

@@ -210,6 +210,38 @@ def test_recomputing_in_a_backward_pass_is_refused(tmp_path: Path) -> None:
         loss.backward()
 
 
+def test_recomputing_is_refused_whatever_ran_since_and_in_copies(tmp_path: Path) -> None:
+    model: Any = wemoe(tmp_path, "Llama")
+    freeze_all_but_routers(model)
+    ids = tokens(2, 5)
+
+    def losses(each: Any) -> Tensor:
+        mlp = each.model.layers[0].mlp
+        mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)
+        masked = each(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.sum()
+        return masked + each(input_ids=ids, use_cache=False).logits.sum()  # of which nothing is padding
+
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        with ThreadPoolExecutor(1) as pool:  # this thread has made no forward pass
+            loss = pool.submit(losses, each).result()
+        with pytest.raises(ValueError, match="turn gradient checkpointing off"):
+            loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # older versions have no other
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputing_inside_of_an_upscaled_module_is_refused(tmp_path: Path, reentrant: bool) -> None:
+    """As transformers does in whole layers: offsets are not known there any more."""
+    model: Any = wemoe(tmp_path, "Llama", match="'model.layers.*'")
+    freeze_all_but_routers(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    embeds = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    loss = model(inputs_embeds=embeds, use_cache=False).logits.sum()
+    with pytest.raises(ValueError, match="where its routing is not known: turn gradient checkpointing off"):
+        loss.backward()
+
+
 @torch.no_grad()
 def test_copies_watch_their_own_sequences(tmp_path: Path) -> None:
     model: Any = wemoe(tmp_path, "Llama")

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def test_the_working_memory_changes_no_value(working_bytes: int) -> None:
     x, offsets, weight, vectors = linear()
     stack = torch.cat([weight[None], vectors])
     expected = torch.stack([x[b] @ (weight + torch.einsum("k,koi->oi", offsets[b], vectors)).T for b in range(BATCH)])
-    torch.testing.assert_close(apply_dense(x, offsets, stack, working_bytes), expected)
+    torch.testing.assert_close(apply_dense(x, offsets, stack, working_bytes=working_bytes), expected)
 
 
 @pytest.mark.parametrize("working_bytes", [1500, 10**9])
@@ -240,7 +241,7 @@ def test_gradients_of_a_dense_layer(working_bytes: int) -> None:
     x, offsets, weight, vectors = linear()
     stack = torch.cat([weight[None], vectors])
     x.requires_grad_(True), offsets.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda a, b: apply_dense(a, b, stack, working_bytes), (x, offsets))
+    assert torch.autograd.gradcheck(lambda a, b: apply_dense(a, b, stack, working_bytes=working_bytes), (x, offsets))
 
 
 @forms
@@ -488,6 +489,91 @@ class Largest(TorchDispatchMode):
         if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
             self.seen = max(self.seen, result.untyped_storage().nbytes())
         return result
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors made while it is on, at the worst moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[Tensor]] = []
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.made.append(weakref.ref(result))
+        alive = [tensor.untyped_storage() for made in self.made if (tensor := made()) is not None]
+        self.peak = max(self.peak, sum({storage.data_ptr(): storage.nbytes() for storage in alive}.values()))
+        return result
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_all_that_a_pass_holds_at_once_stays_within_the_bound(form: str, rows: int) -> None:
+    """Bands of spread-out task vectors too: one is gone before the next is made."""
+    width, hidden, bound = 64, 2048, 256 * 1024
+    made = form_of(form, nn.Linear(width, hidden), torch.randn(3, hidden, width), None)
+    made.working_bytes = bound
+    x, offsets = torch.randn(rows, 1, width), torch.randn(rows, 3)
+    with torch.no_grad(), Alive() as alive:
+        made(x, offsets)
+    output = rows * hidden * 4
+    assert bound / 2 < alive.peak - output <= bound
+
+
+@forms
+def test_hooks_see_what_a_layer_gave(form: str) -> None:
+    """On every module, forward and backward: nothing is edited after it was handed on."""
+    base, own = family(2)
+    module, x = stirred(upscaled(base, own, form=form)), batch().requires_grad_(True)
+    expected = torch.autograd.grad(module(x).square().sum(), x)[0]
+    seen: list[tuple[Tensor, Tensor]] = []
+    for part in module.modules():
+        part.register_full_backward_hook(lambda *_: None)
+        part.register_forward_hook(lambda _, __, y: seen.append((y, y.detach().clone())))
+    torch.testing.assert_close(torch.autograd.grad(module(x).square().sum(), x)[0], expected)
+    assert len(seen) > 5
+    assert all(torch.equal(given, then) for given, then in seen)
+
+
+@forms
+@depths
+def test_texts_without_tokens_give_none(form: str, depth: int) -> None:
+    base, own = family(2)
+    module = upscaled(base, own, depth, form)
+    assert module.module(batch()[:, :0]).shape == (BATCH, 0, WIDTH)
+    module.routing.offsets = torch.zeros(2).expand(BATCH, -1) if depth == 0 else torch.zeros(BATCH, 2)
+    assert module.module(batch()[:, :0]).shape == (BATCH, 0, WIDTH)
+
+
+@pytest.mark.parametrize("form", ["dense", "low_rank"])
+def test_the_sum_with_a_bias_costs_the_backward_pass_nothing(form: str) -> None:
+    """No gradient of the output's size is made anew: in-place sums on views would."""
+    made = form_of(form, nn.Linear(8, 64), torch.randn(2, 64, 8), torch.randn(2, 64))
+    y = made(torch.randn(3, 5, 8, requires_grad=True), torch.randn(3, 2, requires_grad=True))
+    names, waiting = set(), [y.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        names.add(node.name())
+        waiting += [follow for follow, _ in node.next_functions if follow is not None]
+    assert not names & {"CopySlices", "AsStridedBackward0"}
+
+
+def test_gradients_of_offsets_are_not_summed_in_half_precision() -> None:
+    """Over as many bands as there are rows, they are as exact as over one."""
+    x, offsets, weight, vectors = (each.to(torch.bfloat16) for each in linear())
+    stack = torch.cat([weight[None], vectors]).repeat(1, 64, 1)
+    exact = [each.double().requires_grad_(True) for each in (x, offsets)]
+    apply_dense(*exact, stack.double()).square().sum().backward()
+    errors = []
+    for working_bytes in (1, 10**9):
+        own = offsets.clone().requires_grad_(True)
+        y = apply_dense(x, own, stack, working_bytes=working_bytes)
+        y.backward(2 * apply_dense(*exact, stack.double()).detach().to(torch.bfloat16))
+        errors.append(float((own.grad.double() - exact[1].grad).norm() / exact[1].grad.norm()))  # type: ignore[union-attr]
+    assert max(errors) < 0.01
 
 
 @pytest.mark.parametrize("form", ["dense", "sparse"])

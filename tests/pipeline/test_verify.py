@@ -11,7 +11,16 @@ import pytest
 import torch
 from models import fine_tuned, open_clip_family, transformers_family
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from wemoe_plugin.checkpoints.manifest import refresh_manifest
 from wemoe_plugin.merging.planner import plan_merge
@@ -51,7 +60,21 @@ def t5s(directory: Path) -> None:
     save_family(directory, T5ForConditionalGeneration(T5Config(vocab_size=24, **shape)))
 
 
-@pytest.mark.parametrize("family", [open_clip_family, transformers_family, llamas, t5s])
+def classifiers(directory: Path) -> None:
+    """Which name no padding token, as GPT-2 does."""
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 24, "n_positions": 32}
+    save_family(directory, GPT2ForSequenceClassification(GPT2Config(num_labels=3, **shape)))
+
+
+def test_a_model_that_made_up_inputs_do_not_fit_is_named(tmp_path: Path, command: Command) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    save_family(tmp_path, BertForMultipleChoice(BertConfig(vocab_size=24, **shape)))
+    status, _, err = command("verify", merged(tmp_path))
+    assert (status, "BertForMultipleChoice cannot be run on made-up inputs: " in err) == (2, True)
+    assert "unexpected" not in err
+
+
+@pytest.mark.parametrize("family", [open_clip_family, transformers_family, llamas, t5s, classifiers])
 def test_outputs_of_every_kind_keep_their_promises(
     tmp_path: Path, command: Command, family: Callable[[Path], Any]
 ) -> None:

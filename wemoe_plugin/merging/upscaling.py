@@ -174,6 +174,12 @@ def _module(
     weights = [name for name in names if _is_linear_weight(name, tensors[name])]
     if not weights:
         raise PlanError(f"the module {path} has no Linear layers (no 2-D weight); wemoe needs some")
+    for bias in (name for name in names if name.endswith(".bias")):
+        weight = f"{module_of(bias)}.weight"
+        if weight in tensors and weight not in names and _is_linear_weight(weight, tensors[weight]):
+            raise PlanError(
+                f"{bias} is upscaled, but {weight}, the weight of its layer, is not; claim both in one rule"
+            )
     if spec.routing == "token" and any(word in path.split(".") for word in _CROSS_ATTENTION):
         raise PlanError(f"{path} reads the tokens of two texts; token routing cannot decide for both, use sample")
     values = {name: lambdas(name) for name in names}

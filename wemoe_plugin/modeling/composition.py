@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ def apply_dense(
     x: Float[Tensor, "batch tokens in"],
     offsets: Float[Tensor, "batch experts"],
     stack: Float[Tensor, "experts_plus_1 out in"],
+    biases: Float[Tensor, "each out"] | None = None,
     working_bytes: int = WORKING_BYTES,
 ) -> Float[Tensor, "batch tokens out"]:
     """Apply a static weight and dense task vectors, stacked: the weight first.
@@ -54,8 +56,15 @@ def apply_dense(
     The backward pass composes the weights again instead of keeping them. Offsets that are one row expanded over the
     batch (a router of depth 0) are composed once. Under autocast the products are taken in its dtype, as those of a
     Linear layer are; weights are composed in their own.
+
+    Args:
+        x: the layer's input.
+        offsets: one per sample and expert.
+        stack: the weight and its task vectors.
+        biases: each sample's, or one for all.
+        working_bytes: the most that is composed at a time.
     """
-    return _apply(x, offsets, stack, None, working_bytes)
+    return _apply(x, offsets, stack, None, biases, working_bytes)
 
 
 def apply_sparse(
@@ -63,10 +72,11 @@ def apply_sparse(
     offsets: Float[Tensor, "batch experts"],
     weight: Float[Tensor, "out in"],
     vectors: SparseVectors,
+    biases: Float[Tensor, "each out"] | None = None,
     working_bytes: int = WORKING_BYTES,
 ) -> Float[Tensor, "batch tokens out"]:
     """The same with sparse task vectors, which are spread out for one band of output rows at a time."""
-    return _apply(x, offsets, weight, vectors, working_bytes)
+    return _apply(x, offsets, weight, vectors, biases, working_bytes)
 
 
 def apply_low_rank(
@@ -95,21 +105,32 @@ def apply_low_rank(
     thin = thin * offsets[..., owners].to(thin.dtype)
     if up.shape[0] > down.shape[0]:
         thin = torch.cat([thin, offsets.expand(-1, x.shape[1], -1).to(thin.dtype)], dim=-1)
-    y = F.linear(x, weight, bias)
-    flat, narrow = y.flatten(0, 1), thin.flatten(0, 1)
-    # In place: y is new, and adding to a copy of it would take a pass over memory more.
-    return flat.addmm_(narrow.to(y.dtype), up.to(y.dtype)).view(y.shape)
+    # In place, and as a matrix until the end: a sum of its own, or the gradient of a view, would take memory and time.
+    y = F.linear(x.flatten(0, 1), weight, bias)
+    y.addmm_(thin.flatten(0, 1).to(y.dtype), up.to(y.dtype))
+    return y.view(*x.shape[:2], len(weight))
 
 
-def _apply(x: Tensor, offsets: Tensor, source: Tensor, vectors: SparseVectors | None, working_bytes: int) -> Tensor:
-    batch, tokens = x.shape[:2]
+def _apply(
+    x: Tensor,
+    offsets: Tensor,
+    source: Tensor,
+    vectors: SparseVectors | None,
+    biases: Tensor | None,
+    working_bytes: int,
+) -> Tensor:
+    batch, tokens, width = x.shape
     if batch > 1 and offsets.stride(0) == 0:
-        x, offsets = x.reshape(1, batch * tokens, -1), offsets[:1]
+        x, offsets = x.reshape(1, batch * tokens, width), offsets[:1]
+        biases = None if biases is None else biases[:1]
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
         y: Tensor = _Composition.apply(x, offsets.to(source.dtype), source, vectors, working_bytes)
+        if biases is not None:
+            y.add_(biases.unsqueeze(1).to(y.dtype))  # in place: a sum beside y would double its memory
     return y.view(batch, tokens, source.shape[-2])
 
 
@@ -129,6 +150,7 @@ class _Composition(torch.autograd.Function):
             stacked = _stacked(source, vectors, band)
             for rows in tiles:
                 y[rows, :, band] = x[rows] @ tile.composed(coefficients[rows], stacked).mT
+            del stacked  # of this band, before the next one's is made
         return y
 
     @staticmethod
@@ -139,7 +161,8 @@ class _Composition(torch.autograd.Function):
         wants_x, wants_offsets = ctx.needs_input_grad[:2]
         coefficients = _with_static(offsets)
         grad_x = torch.zeros_like(x) if wants_x else None
-        grad_coefficients = torch.zeros_like(coefficients) if wants_offsets else None
+        exact = torch.promote_types(coefficients.dtype, torch.float32)  # bands are many: not summed in half precision
+        grad_coefficients = torch.zeros_like(coefficients, dtype=exact) if wants_offsets else None
         tile = _Tile(ctx.source, x)
         for band, tiles in _bands(x, ctx.source, ctx.vectors, ctx.working_bytes):
             stacked = _stacked(ctx.source, ctx.vectors, band)
@@ -148,9 +171,9 @@ class _Composition(torch.autograd.Function):
                 if grad_x is not None:
                     grad_x[rows].baddbmm_(part, tile.composed(coefficients[rows], stacked))
                 if grad_coefficients is not None:
-                    outer = tile.outer(part, x[rows])
-                    grad_coefficients[rows] += outer.flatten(1).to(stacked.dtype) @ stacked.T
-        grad_offsets = None if grad_coefficients is None else grad_coefficients[:, 1:]
+                    grad_coefficients[rows] += tile.outer(part, x[rows]) @ stacked.T
+            del stacked
+        grad_offsets = None if grad_coefficients is None else grad_coefficients[:, 1:].to(coefficients.dtype)
         return grad_x, grad_offsets, None, None, None
 
 
@@ -166,7 +189,9 @@ def _bands(
     batch, tokens, columns = x.shape
     rows, width = source.shape[-2], source.element_size()
     composed = columns * (width if x.dtype == source.dtype else width + x.element_size())
-    spread = 0 if vectors is None else (1 + len(vectors.values)) * columns * width
+    spread = 0
+    if vectors is not None:  # written out, and one expert's places as int64, twice
+        spread = (1 + len(vectors.values)) * columns * width + 16 * vectors.values.shape[1] // rows
 
     def row_bytes(samples: int) -> int:
         return samples * (composed + tokens * x.element_size()) + spread
@@ -212,11 +237,12 @@ class _Tile:
         return flat.view(flat.shape[0], -1, self._like.shape[2]).to(self._like.dtype)
 
     def outer(self, grad: Tensor, x: Tensor) -> Tensor:
-        """gᵀx of some samples, (batch, band, in): the gradient of what was composed for them."""
-        if self._memory.dtype != x.dtype:
-            return grad.mT @ x
+        """gᵀx of some samples, (batch, band · in), in the weights' dtype: the gradient of what is composed for them."""
         flat = self._take(x.shape[0], grad.shape[2] * x.shape[2])
-        return torch.bmm(grad.mT, x, out=flat.view(x.shape[0], grad.shape[2], x.shape[2]))
+        if flat.dtype != x.dtype:
+            return flat.copy_((grad.mT @ x).flatten(1))
+        torch.bmm(grad.mT, x, out=flat.view(x.shape[0], grad.shape[2], x.shape[2]))
+        return flat
 
     def _take(self, rows: int, columns: int) -> Tensor:
         if self._memory.numel() < rows * columns:

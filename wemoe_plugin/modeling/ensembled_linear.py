@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -60,6 +61,11 @@ class EnsembledLinear(nn.Module):
         """Apply the layer with each sample's own weights."""
         offsets = self.routing.offsets
         if offsets is None:
+            if torch._C._current_graph_task_id() != -1:
+                raise ValueError(
+                    "a layer inside of an upscaled module is computed again in the backward pass, where its routing is "
+                    "not known: turn gradient checkpointing off, or upscale smaller modules, such as mlp"
+                )
             return F.linear(x, self.weight, self.bias)
         if offsets.shape[0] != x.shape[0]:
             raise ValueError(

@@ -49,9 +49,8 @@ class DenseForm(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch tokens in"], offsets: Float[Tensor, "batch experts"]
     ) -> Float[Tensor, "batch tokens out"]:
-        return _with_bias(
-            apply_dense(x, offsets, self.stack, self.working_bytes), offsets, self.bias, self.bias_vectors
-        )
+        biases = _biases(offsets, self.bias, self.bias_vectors)
+        return apply_dense(x, offsets, self.stack, biases, self.working_bytes)
 
 
 class SparseForm(nn.Module):
@@ -101,8 +100,8 @@ class SparseForm(nn.Module):
         self, x: Float[Tensor, "batch tokens in"], offsets: Float[Tensor, "batch experts"]
     ) -> Float[Tensor, "batch tokens out"]:
         vectors = SparseVectors(self.values, self.indices, self._starts)
-        y = apply_sparse(x, offsets, self.weight, vectors, self.working_bytes)
-        return _with_bias(y, offsets, self.bias, self.bias_vectors)
+        biases = _biases(offsets, self.bias, self.bias_vectors)
+        return apply_sparse(x, offsets, self.weight, vectors, biases, self.working_bytes)
 
 
 class LowRankForm(nn.Module):
@@ -151,13 +150,11 @@ class LowRankForm(nn.Module):
 Form = DenseForm | SparseForm | LowRankForm
 
 
-def _with_bias(y: Tensor, offsets: Tensor, bias: Tensor | None, vectors: Tensor | None) -> Tensor:
-    if bias is None:
-        return y
-    own = bias.unsqueeze(0) if vectors is None else torch.addmm(bias, offsets.to(bias.dtype), vectors)
-    return y.add_(
-        own.unsqueeze(1).to(y.dtype)
-    )  # y is new and nothing keeps it: a sum of its own would double the memory
+def _biases(offsets: Tensor, bias: Tensor | None, vectors: Tensor | None) -> Tensor | None:
+    """Each sample's bias, (batch, out), or one for all, (1, out)."""
+    if bias is None or vectors is None:
+        return None if bias is None else bias.unsqueeze(0)
+    return torch.addmm(bias, offsets.to(bias.dtype), vectors)
 
 
 def _row_starts(indices: Tensor, rows: int, columns: int) -> Tensor:

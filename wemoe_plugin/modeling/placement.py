@@ -106,6 +106,8 @@ def _place(module: ModuleConfig, live: dict[str, str]) -> PlacedModule | None:
 
 
 def _unfit(model: nn.Module, placed: PlacedModule) -> str | None:
+    if not placed.path:
+        return f"{placed.config.path} is the whole {type(model).__name__}; match modules inside of it, such as mlp"
     if isinstance(model.get_submodule(placed.path), nn.ModuleList | nn.ModuleDict):
         return f"{placed.path} is a list of modules and has no forward pass; match its members, {placed.path}.*"
     if placed.argument and not _takes(model.get_submodule(placed.path), placed.argument + 1):

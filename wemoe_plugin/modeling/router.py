@@ -70,7 +70,7 @@ class Router(nn.Module):
             return self.constant.expand(*(x.shape[:-1] if self.per_token else x.shape[:1]), -1)
         assert self.output is not None
         x = x.to(self.output.weight.dtype)  # which may be another than the module's: some keep single layers in float32
-        hidden = x if self.hidden is None else torch.relu_(self.hidden(x))
+        hidden = x if self.hidden is None else torch.relu(self.hidden(x))
         # The last layer is linear: averaging before it gives the mean of the logits for a fraction of the work.
         if not self.per_token and mask is not None:
             count = mask.sum(1, keepdim=True).clamp_min(1)

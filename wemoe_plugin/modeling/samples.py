@@ -26,6 +26,9 @@ def sample_inputs(model: nn.Module, rows: int, generator: torch.Generator) -> di
         rows: images or texts.
         generator: draws them.
 
+    Returns:
+        The inputs; texts hold no token 0.
+
     Raises:
         CheckpointError: what the model takes is not known.
     """
@@ -61,8 +64,16 @@ def sample_inputs(model: nn.Module, rows: int, generator: torch.Generator) -> di
 
 @torch.no_grad()
 def outputs_by_row(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the model gives for each row, by name; outputs that compare rows with each other are left out."""
-    found: Any = model(**inputs)
+    """What the model gives for each row, by name; outputs that compare rows with each other are left out.
+
+    Raises:
+        CheckpointError: the model cannot be run on such inputs.
+    """
+    try:
+        found: Any = model(**inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"this {type(model).__name__} cannot be run on made-up inputs: {why}") from error
     rows = next(iter(inputs.values())).shape[0]
     named = found if isinstance(found, Mapping) else dict(enumerate(found if isinstance(found, tuple) else [found]))
     return {

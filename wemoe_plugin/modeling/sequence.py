@@ -25,6 +25,7 @@ class Tokens(NamedTuple):
     """What routers must know of the tokens that a stack of layers works on.
 
     Attributes:
+        known: whether a forward pass of the stack is under way.
         batch: how many texts there are; None if the stack was given nothing that tells.
         length: how many tokens of each are in this pass.
         mask: which positions are tokens, not padding, (batch, positions), earlier ones first; None if all are.
@@ -33,6 +34,7 @@ class Tokens(NamedTuple):
         decided: what this pass decides, by module.
     """
 
+    known: bool = False
     batch: int | None = None
     length: int | None = None
     mask: Tensor | None = None
@@ -48,7 +50,7 @@ class SequenceState:
     """The tokens of the forward pass of a stack that is under way.
 
     Attributes:
-        masked: whether the last pass had a mask.
+        masked: whether a pass had a mask.
     """
 
     def __init__(self) -> None:
@@ -76,7 +78,7 @@ class SequenceState:
                 module is run again in a backward pass.
         """
         tokens = self.tokens
-        if tokens is UNKNOWN and self.masked and torch._C._current_graph_task_id() != -1:
+        if not tokens.known and self.masked and torch._C._current_graph_task_id() != -1:
             raise ValueError(
                 f"{path} is computed again in the backward pass, where padding is not known: turn gradient "
                 "checkpointing off"
@@ -191,8 +193,8 @@ class _Begin(_Hook):
                 f"this cache holds {past} tokens but not what their routers decided: it was filled by another model, "
                 "or rebuilt; begin with the prompt and an empty cache"
             )
-        self.state.masked = mask is not None
-        self.state.tokens = Tokens(batch, length, mask, past, kept, dict(kept or {}))
+        self.state.masked = self.state.masked or mask is not None
+        self.state.tokens = Tokens(True, batch, length, mask, past, kept, dict(kept or {}))
 
 
 class _End(_Hook):

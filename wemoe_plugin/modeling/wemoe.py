@@ -58,22 +58,14 @@ class WeightEnsemblingMoE(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output with each sample's own weights; takes and returns what the module does."""
-        x = self._input(args, kwargs)
+        x = input_of(args, kwargs, self.argument)
+        assert isinstance(x, Tensor), "the router reads a tensor"
         before = self.routing.offsets
         self.routing.offsets = self._offsets(self._weights(x))
         try:
             return self.module(*args, **kwargs)
         finally:
             self.routing.offsets = before
-
-    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if len(args) > self.argument:
-            x = args[self.argument]
-        else:
-            named = [value for value in kwargs.values() if isinstance(value, Tensor)]
-            x = named[self.argument - len(args)]
-        assert isinstance(x, Tensor), "the router reads a tensor"
-        return x
 
     def _weights(self, x: Tensor) -> Tensor:
         if self.sequence is None:
@@ -91,6 +83,14 @@ class WeightEnsemblingMoE(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], argument: int) -> Any:
+    """What the router of a module that is called with these arguments reads; None if it is not among them."""
+    if len(args) > argument:
+        return args[argument]
+    named = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    return named[argument - len(args)] if argument - len(args) < len(named) else None
 
 
 def wemoe_modules(model: nn.Module) -> Iterator[tuple[str, WeightEnsemblingMoE]]:

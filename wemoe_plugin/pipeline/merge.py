@@ -146,10 +146,15 @@ def _check_modules(plan: MergePlan) -> None:
     """Names and shapes cannot tell a Linear layer from all others: ask the model itself."""
     from wemoe_plugin.modeling.families import FAMILIES
     from wemoe_plugin.modeling.placement import place
+    from wemoe_plugin.modeling.trial import what_routers_cannot_read
 
     model = FAMILIES[plan.library].skeleton(plan.base.checkpoint.path)
-    problems = [] if model is None else place(model, wemoe_config(plan))[1]
-    if problems:
+    if model is None:
+        return
+    config = wemoe_config(plan)
+    placed, problems = place(model, config)
+    widths = {name: router.width for name, router in config.routers.items()}
+    if problems := problems or what_routers_cannot_read(model, placed, widths):
         more = f"\nand {len(problems) - 3} more" if len(problems) > 3 else ""
         cure = "\n(a rule before it, with a static method, can claim what cannot be upscaled: the first match wins)"
         raise PlanError("\n".join(problems[:3]) + more + cure)

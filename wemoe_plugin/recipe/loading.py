@@ -267,7 +267,7 @@ def _inconsistencies(recipe: Recipe) -> Iterable[tuple[Location, str]]:
     methods = {recipe.merge_method, *(rule.merge_method for rule in recipe.rules)}
     needy = sorted(m for m in methods if m == "wemoe" or METHODS[m].base == "required")
     if recipe.base_model is None and needy:
-        yield ("base_model",), f"is missing; {', '.join(needy)} need it"
+        yield ("base_model",), f"is missing; {', '.join(needy)} {'need' if len(needy) > 1 else 'needs'} it"
     vectors = {i: rule.parameters.task_vectors for i, rule in enumerate(recipe.rules)}
     limits = {i: form.max_parameters for i, form in vectors.items() if form is not None and form.max_parameters}
     for i, limit in limits.items():
