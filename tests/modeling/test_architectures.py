@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ROWS, Row, family, merged, route, same
+import transformers
+from architectures import ROWS, Row, family, in_transformers, merged, route, same
 
 from wemoe_plugin.errors import PlanError
 from wemoe_plugin.modeling.loading import load_model, load_static
@@ -89,3 +90,14 @@ def test_what_is_given_no_features_is_refused(tmp_path: Path, row: str, match: s
 def test_whole_layers_and_stacks_of_them_can_be_upscaled(tmp_path: Path, row: str, match: str) -> None:
     family(ROWS[row], tmp_path, ".")
     assert all(check.kept for check in verify(merged(tmp_path, match, "{}")))
+
+
+def test_parts_of_texts_as_rows_are_refused_unless_tokens_decide(tmp_path: Path) -> None:
+    """OPT flattens the batch before its first linear layer."""
+    shape = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 24}
+    config = transformers.OPTConfig(max_position_embeddings=32, word_embed_proj_dim=16, **shape)
+    family(Row(in_transformers("OPTForCausalLM", config), "fc1", 1, None, 0), tmp_path, ".")
+    with pytest.raises(PlanError, match=r"fc1 is given 16 rows for 2 texts, so its router cannot decide for each text"):
+        merged(tmp_path, "'**.fc1'", "{}")
+    token = "{router: {routing: token}, task_vectors: {form: low_rank, rank: 2}}"
+    assert all(check.kept for check in verify(merged(tmp_path, "'**.fc1'", token)))

@@ -153,8 +153,7 @@ def _check_modules(plan: MergePlan) -> None:
         return
     config = wemoe_config(plan)
     placed, problems = place(model, config)
-    widths = {name: router.width for name, router in config.routers.items()}
-    if problems := problems or what_routers_cannot_read(model, placed, widths):
+    if problems := problems or what_routers_cannot_read(model, placed, config.routers):
         more = f"\nand {len(problems) - 3} more" if len(problems) > 3 else ""
         cure = "\n(a rule before it, with a static method, can claim what cannot be upscaled: the first match wins)"
         raise PlanError("\n".join(problems[:3]) + more + cure)
