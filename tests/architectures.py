@@ -66,14 +66,14 @@ ROWS = {
         in_transformers("CLIPVisionModel", transformers_clip_config().vision_config), r"\.mlp\.", 2, r"self_attn", 2
     ),
     "ViT": Row(
-        in_transformers("ViTForImageClassification", transformers.ViTConfig(**IMAGE)), r"\.mlp\.", 2, r"[qkv]_proj", 2
+        in_transformers("ViTForImageClassification", transformers.ViTConfig(**IMAGE)), r"\.mlp\.", 2, r"[qkvo]_proj", 2
     ),
     "DINOv2": Row(
         in_transformers(
             "Dinov2ForImageClassification",
             transformers.Dinov2Config(**{k: v for k, v in IMAGE.items() if k != "intermediate_size"}),
         ),
-        *(r"\.mlp\.", 2, r"[qkv]_proj", 2),
+        *(r"\.mlp\.", 2, r"[qkvo]_proj", 2),
     ),
     "T5": Row(
         in_transformers("T5ForConditionalGeneration", transformers.T5Config(num_layers=3, num_decoder_layers=2, **T5)),
@@ -102,11 +102,11 @@ ROWS = {
     ),
     "BERT": Row(
         in_transformers("BertForSequenceClassification", transformers.BertConfig(**TEXT)),
-        *(BERT_MLP, 4, r"attention\.self\.", 2),
+        *(BERT_MLP, 4, r"attention\.(self\.|output\.dense)", 2),
     ),
     "RoBERTa": Row(
         in_transformers("RobertaForSequenceClassification", transformers.RobertaConfig(**TEXT)),
-        *(BERT_MLP, 4, r"attention\.self\.", 2),
+        *(BERT_MLP, 4, r"attention\.(self\.|output\.dense)", 2),
     ),
     "GPT-2": Row(
         in_transformers(

@@ -75,7 +75,12 @@ def test_fused_attention_is_refused_and_the_rest_stays_possible(tmp_path: Path) 
         ("T5", "decoder", r"decoder is given a tensor of shape \[2, 8\]"),
         ("CLIP", "vision_model", r"vision_model is given a tensor of shape \[2, 3, 16, 16\]"),
         ("open_clip with a timm tower", "visual.trunk", r"visual\.trunk is given a tensor of shape \[2, 3, 160, 160\]"),
-        ("ViT", "vit", "vit is the whole ViTForImageClassification; match modules inside of it"),
+        ("ViT", "vit", "vit is a list of modules and has no forward pass; match smaller modules inside of it"),
+        (
+            "ViT",
+            "[vit.**.attention.attention, vit.**.attention.output]",
+            "match them together, by a keyword",
+        ),
     ],
 )
 def test_what_is_given_no_features_is_refused(tmp_path: Path, row: str, match: str, message: str) -> None:
@@ -86,7 +91,16 @@ def test_what_is_given_no_features_is_refused(tmp_path: Path, row: str, match: s
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("row", "match"), [("Llama", "'model.layers.*'"), ("CLIP", "vision_model.encoder")])
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ("Llama", "'model.layers.*'"),
+        ("CLIP", "vision_model.encoder"),
+        ("BERT", "'bert.encoder.layer.*'"),
+        ("ViT", "'vit.encoder.layer.*'"),
+        ("DINOv2", "'dinov2.encoder.layer.*'"),
+    ],
+)
 def test_whole_layers_and_stacks_of_them_can_be_upscaled(tmp_path: Path, row: str, match: str) -> None:
     family(ROWS[row], tmp_path, ".")
     assert all(check.kept for check in verify(merged(tmp_path, match, "{}")))

@@ -91,3 +91,10 @@ def test_a_plain_name_matches_itself_and_everything_below(parts: list[str]) -> N
     assert Pattern((name,)).claims([name, f"{name}.x", f"{name}x"]) == {name: name, f"{name}.x": name}
     assert Pattern(("**",)).claims([name])[name] == parts[0]
     assert set(Pattern((".".join("*" for _ in parts),)).claims([name])) == {name}
+
+
+@pytest.mark.parametrize("half", ["self", "attention"])
+def test_attention_in_bert_and_its_kin_is_the_module_around_both_halves(half: str) -> None:
+    names = [f"layer.0.attention.{half}.{each}.weight" for each in ("query", "key", "value")]
+    assert find_modules("attention", names) == [f"layer.0.attention.{half}"]
+    assert find_modules("attention", [*names, "layer.0.attention.output.dense.weight"]) == ["layer.0.attention"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from torch import nn
 
@@ -72,7 +74,7 @@ def place(model: nn.Module, config: WemoeConfig) -> tuple[list[PlacedModule], li
         else:
             problems.append(
                 f"{placed[found.path].config.path} and {module.path} are one module in this {type(model).__name__}, "
-                "which has one router: match them together, by the keyword mlp"
+                "which has one router: match them together, by a keyword (mlp, attention) or by the module around both"
             )
     paths = set(placed)
     for path in sorted(paths):
@@ -87,29 +89,44 @@ def _layer_name(module: ModuleConfig, layer: LayerConfig) -> str:
 
 
 def _place(module: ModuleConfig, live: dict[str, str]) -> PlacedModule | None:
-    """The module above its layers in the model, by as many levels as in the checkpoint; None if they disagree."""
+    """The module in the model: by as many levels above its layers as in the checkpoint; None if they disagree.
+
+    Where the library names layers otherwise it may have fewer levels: there the module is what is around all of them.
+    """
     layers = []
     paths = set()
     renamed = False
     for layer in module.layers:
         name = _layer_name(module, layer)
         path = live[f"{name}.weight"].removesuffix(".weight")
-        above = path
-        for _ in layer.path.split(".") if layer.path else ():
-            above = above.rpartition(".")[0]
         renamed = renamed or not path.endswith(layer.path or path.rpartition(".")[2])
-        paths.add(above)
+        paths.add(_above(path, layer.path.count(".") + 1 if layer.path else 0))
         layers.append(PlacedLayer(path, name, layer))
+    if renamed and len(layers) > 1:
+        paths = {_around([layer.path for layer in layers])}
     if len(paths) != 1:
         return None
     return PlacedModule(paths.pop(), module, tuple(layers), 0 if renamed else module.argument)
+
+
+def _above(path: str, levels: int) -> str:
+    return ".".join(path.split(".")[:-levels]) if levels else path
+
+
+def _around(paths: Sequence[str]) -> str:
+    """The smallest module that holds all of these."""
+    levels = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def _unfit(model: nn.Module, placed: PlacedModule) -> str | None:
     if not placed.path:
         return f"{placed.config.path} is the whole {type(model).__name__}; match modules inside of it, such as mlp"
     if isinstance(model.get_submodule(placed.path), nn.ModuleList | nn.ModuleDict):
-        return f"{placed.path} is a list of modules and has no forward pass; match its members, {placed.path}.*"
+        members = (
+            f"its members, {placed.path}.*" if placed.path == placed.config.path else "smaller modules inside of it"
+        )
+        return f"{placed.config.path} is a list of modules and has no forward pass; match {members}"
     if placed.argument and not _takes(model.get_submodule(placed.path), placed.argument + 1):
         return (
             f"{placed.path} is given its own input alone, not that of {placed.config.router}, which its router reads; "

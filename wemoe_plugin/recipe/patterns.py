@@ -47,8 +47,9 @@ def find_modules(keyword: str, tensor_names: Iterable[str]) -> list[str]:
     """Paths of the MLPs or attention blocks of a network, found from the names of its tensors.
 
     An MLP is a module whose tensors all lie in its own layers and which has all the layers of one known family
-    (``fc1`` and ``fc2``, ``gate_proj``, ``up_proj`` and ``down_proj``, ...); an attention block likewise. BERT's MLP
-    is two modules, ``intermediate`` and ``output``.
+    (``fc1`` and ``fc2``, ``gate_proj``, ``up_proj`` and ``down_proj``, ...); an attention block likewise. In BERT and
+    its kin an MLP is two modules, ``intermediate`` and ``output``, and an attention block is the module around
+    ``self`` (ViT's ``attention``) and ``output``.
     """
     children: dict[str, set[str]] = {}
     deep: set[str] = set()
@@ -65,7 +66,8 @@ def find_modules(keyword: str, tensor_names: Iterable[str]) -> list[str]:
         for path in children:
             if (half := first_half(path, children)) is not None:
                 modules += [half, path]
-    return modules
+        return modules
+    return [around if f"{(around := module_of(path))}.output.dense" in children else path for path in modules]
 
 
 def first_half(path: str, known: Container[str]) -> str | None:
