@@ -168,7 +168,7 @@ BAD_INPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a hub id": (
         lambda d: edit(d / "recipe.yaml", ("base_model: models/base", "base_model: openai/clip-vit-base-patch32")),
-        "no such directory or file, and the hub has no openai/clip-vit-base-patch32",
+        "openai/clip-vit-base-patch32 is not in the hub's local cache, and the hub cannot be reached",
     ),
     "an unknown method": (
         lambda d: edit(d / "recipe.yaml", ("merge_method: task_arithmetic", "merge_method: model_stok")),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, freeze_all_but_routers
     from wemoe_plugin.pipeline.evaluate import evaluate_directory
     from wemoe_plugin.pipeline.merge import merge
+    from wemoe_plugin.pipeline.routers import save_routers
     from wemoe_plugin.pipeline.tune import tune_directory
     from wemoe_plugin.pipeline.workbench import Workbench
     from wemoe_plugin.recipe.loading import load_recipe
@@ -39,6 +40,7 @@ __all__ = [
     "merge",
     "plan_merge",
     "register_methods",
+    "save_routers",
     "tune_directory",
 ]
 
@@ -54,6 +56,7 @@ _HOMES = {
     "modeling.wemoe": ("WeightEnsemblingMoE", "freeze_all_but_routers"),
     "pipeline.evaluate": ("evaluate_directory",),
     "pipeline.merge": ("merge",),
+    "pipeline.routers": ("save_routers",),
     "pipeline.tune": ("tune_directory",),
     "pipeline.workbench": ("Workbench",),
     "recipe.loading": ("load_recipe",),

@@ -129,3 +129,12 @@ def test_any_configuration_is_read_or_refused(tmp_path: Path, config: bytes, nam
     save_state({"w": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / f"{name}.json").write_bytes(config)
     opens_or_is_refused(tmp_path)
+
+
+def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "digits-lora").mkdir()
+    (tmp_path / "digits-lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match=r"a PEFT adapter, not a model; name the model it is for, too: MODEL\+digits-lora"
+    ):
+        open_checkpoint(tmp_path / "digits-lora")

@@ -360,3 +360,24 @@ def test_other_forms_hold_the_change_itself(tmp_path: Path, form: str) -> None:
             found, count = torch.zeros_like(change).index_put((indices[0].long(),), values[0]), values.shape[1]
             change = torch.where(change.abs() >= change.abs().topk(count).values[-1], change, 0)
         torch.testing.assert_close(found, change, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_names_another_base_is_told(tmp_path: Path, command: Command) -> None:
+    """It may be right, where a copy has another name; of another shape it would not fit."""
+    base = base_model(tmp_path)
+    for name, named in (("own", "./llama/base"), ("others", "someone/Llama-9"), ("silent", None)):
+        adapter(tmp_path / name, base, LAYERS, 2, 0, base_model_name_or_path=named)
+    merged(tmp_path, ["base+own", "base+others", "base+silent"])
+    notes = json.loads(command("plan", tmp_path / "recipe.yaml", "--json")[1])["notes"]
+    assert notes == [f"others: its adapter says that it was made for someone/Llama-9, not for {tmp_path / 'base'}"]
+
+
+def test_a_fresh_merge_says_that_it_acts_as_the_static_one(tmp_path: Path, command: Command) -> None:
+    base = base_model(tmp_path)
+    adapter(tmp_path / "e", base, LAYERS, 2, 0)
+    merged(tmp_path, ["base+e"])
+    _, said, _ = command(tmp_path / "recipe.yaml", "--out", tmp_path / "again")
+    assert "its routers are fresh: until they are tuned it acts as the static merge" in said
+    assert "wemoe-merge tune" not in said
+    status, _, err = command("tune", tmp_path / "again")
+    assert (status, "train routers of others in a loop of your own" in err) == (2, True)

@@ -51,6 +51,24 @@ def test_with_its_adapter_the_base_is_the_expert(tmp_path: Path, row: str) -> No
     assert same(model.merge_and_unload(), experts[-1])
 
 
+@pytest.mark.parametrize(
+    ("row", "task_type"), [("Llama", "CAUSAL_LM"), ("GPT-2", "CAUSAL_LM"), ("T5", "SEQ_2_SEQ_LM"), ("BERT", None)]
+)
+def test_adapters_are_written_alike_for_everybody_and_say_what_they_are_for(
+    tmp_path: Path, row: str, task_type: str | None
+) -> None:
+    family(ROWS[row], tmp_path, ROWS[row].mlp)
+    out = merged(tmp_path)
+    for name in ("once", "again"):
+        export_adapters(out, tmp_path / name)
+    written = tmp_path / "once" / "e0" / "adapter_config.json"
+    config = json.loads(written.read_text())
+    assert config["task_type"] == task_type
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert written.read_bytes() == (tmp_path / "again" / "e0" / "adapter_config.json").read_bytes()
+    assert (written.parent / "adapter_model.safetensors").stat().st_mode == written.stat().st_mode
+
+
 def test_ranks_may_differ_and_the_factors_are_those_of_the_directory(tmp_path: Path) -> None:
     base, _ = family(ROWS["Llama"], tmp_path, ".")
     out = merged(tmp_path, "{form: low_rank, energy: 0.6}")

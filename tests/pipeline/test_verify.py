@@ -23,10 +23,14 @@ from transformers import (
 )
 
 from wemoe_plugin.checkpoints.manifest import refresh_manifest
+from wemoe_plugin.errors import CheckpointError
 from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.modeling.forms import DenseForm, LowRankForm, SparseForm
+from wemoe_plugin.modeling.loading import load_model, load_static
 from wemoe_plugin.modeling.router import Router
+from wemoe_plugin.modeling.wemoe import freeze_all_but_routers
 from wemoe_plugin.pipeline.merge import merge
+from wemoe_plugin.pipeline.routers import save_routers
 from wemoe_plugin.pipeline.verify import _equal
 from wemoe_plugin.recipe.loading import load_recipe
 
@@ -43,6 +47,13 @@ def merged(directory: Path, rules: str = WEMOE) -> Path:
     source = load_recipe(directory / "recipe.yaml")
     merge(source, plan_merge(source), directory / "out")
     return directory / "out"
+
+
+def merged_elsewhere(directory: Path, rules: str) -> Path:
+    (directory / "other.yaml").write_text(HEAD + rules)
+    source = load_recipe(directory / "other.yaml")
+    merge(source, plan_merge(source), directory / "other")
+    return directory / "other"
 
 
 def save_family(directory: Path, base: Any) -> None:
@@ -158,3 +169,30 @@ def test_other_task_vectors_than_those_that_were_compressed_are_seen(tmp_path: P
 def test_a_difference_that_is_no_number_is_a_difference() -> None:
     seen = _equal("x", {"a": torch.ones(2)}, {"a": torch.tensor([1.0, float("nan")])})
     assert not seen.kept
+
+
+def test_routers_of_a_loop_of_ones_own_are_kept(tmp_path: Path, command: Command) -> None:
+    """With the manifest that describes them, and without results of others."""
+    llamas(tmp_path)
+    out = merged(tmp_path)
+    (out / "results.json").write_text("{}")
+    refresh_manifest(out, ["results.json"])
+    model = load_model(out)
+    with torch.no_grad():
+        for parameter in freeze_all_but_routers(model):
+            parameter.add_(torch.randn_like(parameter))
+    save_routers(model, out)
+    for name, value in load_model(out).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    assert not (out / "results.json").exists()
+    assert command("verify", out)[0] == 0
+
+
+def test_routers_of_another_model_are_not_kept(tmp_path: Path) -> None:
+    llamas(tmp_path)
+    out, before = merged(tmp_path), (tmp_path / "out" / "routers.safetensors").read_bytes()
+    other = merged_elsewhere(tmp_path, "rules: [{match: mlp, merge_method: wemoe, parameters: {router: {depth: 1}}}]\n")
+    for model in (load_model(other), load_static(out)):
+        with pytest.raises(CheckpointError, match="does not have the routers of this directory"):
+            save_routers(model, out)
+    assert (out / "routers.safetensors").read_bytes() == before

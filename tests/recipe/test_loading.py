@@ -122,6 +122,7 @@ def test_reports_all_problems_at_once_by_line(tmp_path: Path) -> None:
             "lambda: 1\n      router: {depth: 1",
             "rules[0].parameters.lambda: wemoe does not use lambda (it uses router, task_vectors; its λ is",
         ),
+        ("router: {depth: 1", "ruoter: {depth: 1", "rules[0].parameters.ruoter: unknown key; did you mean 'router'?"),
         ('"the digit {}."', '"the digit"', "the template 'the digit' needs exactly one {}"),
         ('"the digit {}."', '"{} {x}"', "needs exactly one {}"),
         ("tune: {path: imagefolder, data_dir: tune}", "tune: {data_dir: tune}", "'path' is missing"),
@@ -190,8 +191,8 @@ def test_tokens_are_routed_with_low_rank_task_vectors_only(tmp_path: Path, form:
     text = GOOD.replace("shared: true", "routing: token").replace("form: low_rank, rank: 16", form)
     (line,) = problems(tmp_path, text)
     assert line == (
-        f"recipe.yaml:13: rules[0].parameters: routing: token needs form: low_rank, not {named}: composed weights are "
-        "one sample's"
+        "recipe.yaml:13: rules[0].parameters: routing: token needs form: low_rank; "
+        f"{named} ones are composed for a whole sample"
     )
     assert load(tmp_path, GOOD.replace("shared: true", "routing: token")).recipe.rules[0].parameters.router
 
@@ -392,3 +393,7 @@ def test_reading_a_recipe_imports_no_torch() -> None:
     code = "import sys, wemoe_plugin.merging.planner, wemoe_plugin.cli; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_a_misspelled_parameter_has_one_message_not_one_about_its_value_too(tmp_path: Path) -> None:
+    assert len(problems(tmp_path, GOOD.replace("router: {depth", "ruoter: {depth"))) == 1

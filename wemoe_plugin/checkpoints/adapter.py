@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -80,6 +81,17 @@ def apply_adapter(base: Checkpoint, adapter: Path) -> Checkpoint:
         else:
             tensors[name] = _adapted(weights, name, modules[name], factors, tensors, config, stored_transposed)
     return replace(base, tensors=tensors, adapter=adapter)
+
+
+def made_for(adapter: Path) -> str | None:
+    """The base that an adapter names as its own: a hub id, or a path somewhere."""
+    config = file_in(adapter, "adapter_config.json")
+    try:
+        content = json.loads(config.read_text(encoding="utf-8")) if config is not None else None
+    except (OSError, ValueError):
+        return None
+    named = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return named if isinstance(named, str) and named else None
 
 
 def _read_config(adapter: Path) -> LoraConfig:

@@ -68,6 +68,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         library, config = "open_clip", _read_json(found)
     elif (found := file_in(path, TRANSFORMERS_CONFIG)) is not None:
         library, config = "transformers", _read_json(found)
+    elif (path / "adapter_config.json").exists():
+        raise CheckpointError(f"{path}: a PEFT adapter, not a model; name the model it is for, too: MODEL+{path.name}")
     else:
         raise CheckpointError(f"{path}: neither {TRANSFORMERS_CONFIG} (transformers) nor {OPEN_CLIP_CONFIG} is there")
     return Checkpoint(path, library, config, _natural_order(_find_tensors(path, library)))

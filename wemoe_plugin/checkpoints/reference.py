@@ -49,7 +49,11 @@ def _from_hub(name: str, revision: str | None, path: Path) -> Path:
         found = Path(snapshot_download(name, revision=revision, allow_patterns=[*_SMALL_FILES, "*.safetensors"]))
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(name, revision=revision, allow_patterns=[*_SMALL_FILES, "*.bin", "*.pt"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such directory or file; {name} is not in the hub's local cache, and the hub cannot be reached"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path}: no such directory or file, and the hub has no {name}: {first}") from None
     return found

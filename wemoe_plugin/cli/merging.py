@@ -122,8 +122,10 @@ def merge_command(
             result |= _tune_and_score(target, workbench, reseeded(tuning, seed), timings, say)
         except WemoeError as error:
             raise type(error)(f"{error}\n(the merge is complete in {target}; go on with wemoe-merge tune)") from error
-    elif source.recipe.tuning is not None:
-        say(f"to tune its routers: wemoe-merge tune {target}")
+    elif plan.modules and not done:
+        say("its routers are fresh: until they are tuned it acts as the static merge")
+        if source.recipe.tasks:
+            say(f"to tune them: wemoe-merge tune {target}")
     if json:
         print_json(result)
 

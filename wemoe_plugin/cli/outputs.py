@@ -102,7 +102,8 @@ def export_command(
     from wemoe_plugin.pipeline.export import export, parse_mix
 
     changed = export(directory, out, None if mix is None else parse_mix(mix), force=force)
-    speaker(quiet)(f"exported, {changed} tensors other than the static merge's: {out}")
+    what = "the static merge" if static else f"a mix; {changed} tensors are not those of the static merge"
+    speaker(quiet)(f"exported {what}: {out}")
 
 
 @app.command("convert")

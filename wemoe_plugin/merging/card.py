@@ -24,7 +24,8 @@ from wemoe_plugin import load_model
 model = load_model("PATH")
 ```
 
-The directory is an ordinary checkpoint too: {plain} loads the static merge."""
+The directory is an ordinary checkpoint too: {plain} loads the static merge. Until its routers are tuned, both are the
+same."""
         if plan.modules
         else f"A static merge; {plain} loads it."
     )

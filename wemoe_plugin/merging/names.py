@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-from wemoe_plugin.recipe.patterns import module_of
+from wemoe_plugin.recipe.patterns import KEYWORDS, module_of
 
 
 def relative_depths(tensor_names: Iterable[str]) -> dict[str, float]:
@@ -41,6 +41,8 @@ def nearest_modules(globs: Iterable[str], tensor_names: Iterable[str]) -> str | 
             path = module_of(path)
     for glob in globs:
         wanted = re.sub(r"\[\d+-\d+\]", "*", glob)
+        if wanted.lower() in KEYWORDS:
+            return wanted.lower()
         lasts = {path.rpartition(".")[2] for path in paths}
         last = difflib.get_close_matches(wanted.rpartition(".")[2], lasts, 1, 0.6)
         alike = [path for path in paths if last and path.rpartition(".")[2] == last[0]]

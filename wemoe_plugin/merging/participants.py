@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 
+from wemoe_plugin.checkpoints.adapter import made_for
 from wemoe_plugin.checkpoints.header import FLOATS, SAFETENSORS_DTYPE
 from wemoe_plugin.checkpoints.sources import Source
 from wemoe_plugin.errors import PlanError
@@ -126,6 +128,11 @@ class Participants:
 
     def notes(self) -> Iterable[str]:
         """What a reader of the recipe might not expect."""
+        for model in self.models:
+            under, adapter = model.checkpoint.path, model.checkpoint.adapter
+            named = None if adapter is None else made_for(adapter)
+            if named is not None and re.split(r"[/\\]", named.rstrip("/\\"))[-1] not in str(under):
+                yield f"{model.name}: its adapter says that it was made for {named}, not for {under}"
         if idle := self.parameters.idle():
             yield f"no method of this recipe uses {', '.join(idle)}; passed over, as mergekit does"
         if self.recipe.merge_method == "linear" and len(self.of("linear", None)) > len(self.models):

@@ -149,7 +149,7 @@ def load_routers(directory: Path, config: WemoeConfig) -> dict[str, Router]:
     return routers
 
 
-def save_routers(directory: Path, routers: dict[str, Router]) -> None:
+def write_routers(directory: Path, routers: dict[str, Router]) -> None:
     """Write ``routers.safetensors`` in one step."""
     state = {
         f"{name}:{key}": value.detach().cpu().contiguous()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from wemoe_plugin.checkpoints.checkpoint import open_checkpoint
@@ -81,7 +82,7 @@ def export_adapters(directory: Path, out: Path, *, force: bool = False) -> dict[
             if expert == MANIFEST_NAME:
                 raise PlanError(f"the expert {expert} has the name of a file of the output; name it otherwise")
             target.mkdir()
-            save_file(state, target / "adapter_model.safetensors", {"format": "pt"})
+            (target / "adapter_model.safetensors").write_bytes(save(state, {"format": "pt"}))
             _save_config(target, {layers[name]: rank for name, rank in ranks.items()}, biased, base, model)
         write_manifest(stage.directory, {"exported_from": directory.name, "adapters": made})
     return made
@@ -122,8 +123,23 @@ def _save_config(target: Path, ranks: Mapping[str, int], biased: bool, base: str
         fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in ranks),
         base_model_name_or_path=base,
         inference_mode=True,
+        task_type=_task_type(model),
     )
     config.save_pretrained(str(target))
+    path = target / "adapter_config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(written["target_modules"], list):
+        written["target_modules"].sort()  # PEFT keeps a set, whose order is another in every process
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's name of what a language model is for; classifiers' heads would have to be in the adapter."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    both = getattr(config, "is_encoder_decoder", False) and name.endswith("ForConditionalGeneration")
+    return "SEQ_2_SEQ_LM" if both else None
 
 
 def _targets(paths: Collection[str], model: nn.Module) -> list[str] | str:

@@ -60,7 +60,9 @@ def check_vectors(directory: Path, static: nn.Module, model: nn.Module, generato
         norms = [error for module in some for error in _norm_errors(reader, directory, config, module, vectors)]
     worst = max(differences, default=0.0)
     promise = "layers compute with the files' task vectors"
-    checks = [Check(promise, worst <= TOLERANCE, f"largest difference {worst:.1e}, {len(some)} modules")]
+    checks = [
+        Check(promise, worst <= TOLERANCE, f"largest difference {worst:.1e}, {len(some)} of {len(placed)} modules")
+    ]
     if norms:
         seen = f"largest difference {max(norms):.1e}"
         checks.append(Check("compressed task vectors have the norms noted", max(norms) <= _NORM_TOLERANCE, seen))

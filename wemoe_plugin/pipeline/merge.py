@@ -135,11 +135,11 @@ def _spare_inputs(plan: MergePlan, out: Path) -> None:
 
 
 def _write_upscaled(plan: MergePlan, directory: Path) -> None:
-    from wemoe_plugin.modeling.attach import save_routers
+    from wemoe_plugin.modeling.attach import write_routers
 
     config = wemoe_config(plan)
     (directory / CONFIG_NAME).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    save_routers(directory, fresh_routers(config, plan.seed))
+    write_routers(directory, fresh_routers(config, plan.seed))
 
 
 def _check_modules(plan: MergePlan) -> None:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from wemoe_plugin.checkpoints.manifest import refresh_manifest
-from wemoe_plugin.checkpoints.staging import write_atomically
 from wemoe_plugin.evaluation.scores import predict
-from wemoe_plugin.merging.card import with_scores
-from wemoe_plugin.modeling.attach import routers_of, save_routers
-from wemoe_plugin.modeling.config import ROUTERS_NAME, read_config
+from wemoe_plugin.modeling.config import read_config
 from wemoe_plugin.modeling.loading import load_model
 from wemoe_plugin.modeling.wemoe import freeze_all_but_routers
-from wemoe_plugin.pipeline.evaluate import RESULT_NAMES
+from wemoe_plugin.pipeline.routers import save_routers
 from wemoe_plugin.pipeline.workbench import Workbench
 from wemoe_plugin.recipe.schema import TuningSpec
 from wemoe_plugin.tuning.loop import Check, TuningOutcome, TuningTask, tune
@@ -60,15 +56,7 @@ def tune_directory(
         seed=spec.seed,
         on_check=on_check,
     )
-    save_routers(directory, routers_of(model))
-    changed = [ROUTERS_NAME]
-    for name in RESULT_NAMES:  # they were those of other routers
-        (directory / name).unlink(missing_ok=True)
-    card = directory / "README.md"
-    if card.is_file():
-        write_atomically(card, with_scores(card.read_text(encoding="utf-8"), None).encode())
-        changed.append(card.name)
-    refresh_manifest(directory, changed)
+    save_routers(model, directory)
     return outcome
 
 

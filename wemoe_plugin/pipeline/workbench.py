@@ -38,7 +38,10 @@ class Workbench:
     def __init__(self, source: RecipeFile, device: str = "cpu") -> None:
         check_device(device)
         if not source.recipe.tasks:
-            raise TuningError(f"{source.path}: has no tasks; add tasks: to the recipe")
+            raise TuningError(
+                f"{source.path}: has no tasks; add tasks: to a recipe of CLIP models, or train routers of others in "
+                "a loop of your own (load_model, freeze_all_but_routers, save_routers)"
+            )
         self.source = source
         self.device = device
         self.tasks: dict[str, TaskSpec] = source.recipe.tasks

@@ -97,11 +97,14 @@ def load_recipe(
         return source, location
 
     recipe: Recipe | None = None
+    named = list(islice(_parameter_problems(data), _MAX_PROBLEMS))
+    wrong = {where for where, _ in named}  # a parameter that nothing has needs no word about its value
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        problems += [(*place(where), text) for where, text in islice(_explain(error, data), _MAX_PROBLEMS)]
-    problems += [(*place(where), text) for where, text in islice(_parameter_problems(data), _MAX_PROBLEMS)]
+        found = ((where, text) for where, text in _explain(error, data) if where not in wrong)
+        problems += [(*place(where), text) for where, text in islice(found, _MAX_PROBLEMS)]
+    problems += [(*place(where), text) for where, text in named]
     if recipe is not None:
         problems += [(*place(where), text) for where, text in islice(_inconsistencies(recipe), _MAX_PROBLEMS)]
     if problems or recipe is None:
@@ -224,6 +227,8 @@ def _parameter_problem(location: Location, name: str, value: Any, users: list[st
     if in_rule and users == ["wemoe"]:
         if name in ("router", "task_vectors"):
             return None
+        if near := difflib.get_close_matches(name, ("router", "task_vectors"), 1, 0.5):
+            return f"unknown key; did you mean {near[0]!r}?"
         cure = "; its λ is router.init_lambda" if name == "lambda" else ""
         return f"wemoe does not use {name} (it uses router, task_vectors{cure})"
     known = {key: spec for user in users if user in METHODS for key, spec in METHODS[user].parameters.items()}

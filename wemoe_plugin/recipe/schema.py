@@ -132,7 +132,7 @@ class RuleParameters(BaseModel):
     def _tokens_need_low_rank(self) -> Self:
         form = self.task_vectors.form if self.task_vectors is not None else "dense"
         if self.router is not None and self.router.routing == "token" and form != "low_rank":
-            raise ValueError(f"routing: token needs form: low_rank, not {form}: composed weights are one sample's")
+            raise ValueError(f"routing: token needs form: low_rank; {form} ones are composed for a whole sample")
         return self
 
     @property
