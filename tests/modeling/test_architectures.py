@@ -113,5 +113,7 @@ def test_parts_of_texts_as_rows_are_refused_unless_tokens_decide(tmp_path: Path)
     family(Row(in_transformers("OPTForCausalLM", config), "fc1", 1, None, 0), tmp_path, ".")
     with pytest.raises(PlanError, match=r"fc1 is given 16 rows for 2 texts, so its router cannot decide for each text"):
         merged(tmp_path, "'**.fc1'", "{}")
+    with pytest.raises(PlanError, match=r"fc2 is given 16 rows where model\.decoder\.layers\.0 is given 2"):
+        merged(tmp_path, "'model.decoder.layers.*'", "{}")
     token = "{router: {routing: token}, task_vectors: {form: low_rank, rank: 2}}"
     assert all(check.kept for check in verify(merged(tmp_path, "'**.fc1'", token)))

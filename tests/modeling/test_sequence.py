@@ -204,6 +204,8 @@ def test_recomputing_in_a_backward_pass_is_refused(tmp_path: Path) -> None:
     mlp = model.model.layers[0].mlp
     mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)
     ids = tokens(2, 5)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)  # of which nothing is computed again
     model(input_ids=ids, use_cache=False).logits.sum().backward()  # without padding there is nothing to know
     loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.sum()
     with pytest.raises(ValueError, match="turn gradient checkpointing off"):

@@ -10,14 +10,17 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from architectures import ROWS, family, same, save
 from models import open_clip_family
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from snapshots import tree
 
+from wemoe_plugin.checkpoints.reference import open_reference
+from wemoe_plugin.checkpoints.tensors import read_tensors
 from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.modeling.loading import load_static
-from wemoe_plugin.pipeline.adapters import export_adapters
+from wemoe_plugin.pipeline.adapters import _task_type, export_adapters
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.recipe.loading import load_recipe
 
@@ -188,3 +191,27 @@ def test_an_adapter_can_be_an_input_again(tmp_path: Path, row: str, weight: str)
     first, second = (load_file(tmp_path / name / "wemoe.safetensors") for name in ("out", "again"))
     name = f"{weight}.weight.task_vectors.down"
     assert torch.equal(first[name][len(first[name]) // 2 :], second[name])
+
+
+@pytest.mark.parametrize("outer", ["", "vit."])
+def test_an_adapter_of_the_model_inside_of_a_classifier(tmp_path: Path, outer: str) -> None:
+    """Named by modules that the library renames, and without what the classifier's file puts before them."""
+    base, _ = family(ROWS["ViT"], tmp_path, ".")
+    factors = torch.randn(2, 16), torch.randn(32, 2)
+    (tmp_path / "lora").mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["fc1"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+    names = [f"base_model.model.{outer}layers.1.mlp.fc1.lora_{which}.weight" for which in "AB"]
+    save_file(dict(zip(names, factors, strict=True)), tmp_path / "lora" / "adapter_model.safetensors")
+    found = read_tensors(open_reference("base+lora", lambda text: tmp_path / text))
+    expected = base.state_dict()["vit.layers.1.mlp.fc1.weight"] + factors[1] @ factors[0]
+    torch.testing.assert_close(found["vit.encoder.layer.1.intermediate.dense.weight"], expected)
+
+
+def test_a_task_type_is_for_models_that_take_what_peft_gives_them() -> None:
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 24, "pad_token_id": 0}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    with torch.device("meta"):
+        whisper = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**shape, **heads))
+    assert _task_type(whisper) is None
+    assert _task_type(ROWS["T5"].build()) == "SEQ_2_SEQ_LM"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import fine_tuned, open_clip_family, transformers_family
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMultipleChoice,
@@ -28,6 +29,7 @@ from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.modeling.forms import DenseForm, LowRankForm, SparseForm
 from wemoe_plugin.modeling.loading import load_model, load_static
 from wemoe_plugin.modeling.router import Router
+from wemoe_plugin.modeling.samples import sample_inputs
 from wemoe_plugin.modeling.wemoe import freeze_all_but_routers
 from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.pipeline.routers import save_routers
@@ -75,6 +77,17 @@ def classifiers(directory: Path) -> None:
     """Which name no padding token, as GPT-2 does."""
     shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 24, "n_positions": 32}
     save_family(directory, GPT2ForSequenceClassification(GPT2Config(num_labels=3, **shape)))
+
+
+def test_a_configuration_that_does_not_say_how_large_things_are() -> None:
+    class Odd(nn.Linear):
+        config = object()
+
+        def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+            return input_ids
+
+    with pytest.raises(CheckpointError, match="what a Odd takes is not known"):
+        sample_inputs(Odd(1, 1), 2, torch.Generator())
 
 
 def test_a_model_that_made_up_inputs_do_not_fit_is_named(tmp_path: Path, command: Command) -> None:
@@ -195,4 +208,7 @@ def test_routers_of_another_model_are_not_kept(tmp_path: Path) -> None:
     for model in (load_model(other), load_static(out)):
         with pytest.raises(CheckpointError, match="does not have the routers of this directory"):
             save_routers(model, out)
+    (out / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json is absent"):
+        save_routers(load_model(out), out)
     assert (out / "routers.safetensors").read_bytes() == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -160,14 +160,21 @@ def _file_names(base: Checkpoint, adapter: Path, keys: Iterable[str]) -> Callabl
         names.append(inner)
     if not names:
         raise CheckpointError(f"{adapter / _WEIGHTS}: holds no tensors")
-    if all(name in base.tensors for name in names):
-        return lambda name: name
-    outers = [name.removesuffix(names[0]) for name in base.tensors if name.endswith(f".{names[0]}")]
-    fitting = [outer for outer in outers if all(outer + name in base.tensors for name in names)]
-    if len(fitting) == 1:
-        return lambda name: fitting[0] + name
+    before = _outer_name(names, base.tensors)
+    if before is not None:
+        return before.__add__
     renamed = _renamed(base)
-    return lambda name: renamed.get(name, name)
+    outer = _outer_name(names, renamed) or ""
+    return lambda name: renamed.get(outer + name, name)
+
+
+def _outer_name(names: Sequence[str], known: Mapping[str, object]) -> str | None:
+    """What stands before all of these names among known ones, mostly nothing; None if that is not clear."""
+    if all(name in known for name in names):
+        return ""
+    outers = [name.removesuffix(names[0]) for name in known if name.endswith(f".{names[0]}")]
+    fitting = [outer for outer in outers if all(outer + name in known for name in names)]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _renamed(base: Checkpoint) -> dict[str, str]:

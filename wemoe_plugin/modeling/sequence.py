@@ -50,7 +50,7 @@ class SequenceState:
     """The tokens of the forward pass of a stack that is under way.
 
     Attributes:
-        masked: whether a pass had a mask.
+        masked: whether a pass with gradients had a mask.
     """
 
     def __init__(self) -> None:
@@ -80,8 +80,8 @@ class SequenceState:
         tokens = self.tokens
         if not tokens.known and self.masked and torch._C._current_graph_task_id() != -1:
             raise ValueError(
-                f"{path} is computed again in the backward pass, where padding is not known: turn gradient "
-                "checkpointing off"
+                f"{path} is computed again in the backward pass, where padding is not known, after a pass that had an "
+                "attention mask: turn gradient checkpointing off"
             )
         _check_rows(path, x, tokens)
         if tokens.kept is not None and path in tokens.kept:
@@ -193,7 +193,7 @@ class _Begin(_Hook):
                 f"this cache holds {past} tokens but not what their routers decided: it was filled by another model, "
                 "or rebuilt; begin with the prompt and an empty cache"
             )
-        self.state.masked = self.state.masked or mask is not None
+        self.state.masked = self.state.masked or (mask is not None and torch.is_grad_enabled())
         self.state.tokens = Tokens(True, batch, length, mask, past, kept, dict(kept or {}))
 
 

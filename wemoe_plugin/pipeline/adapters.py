@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections import Counter
@@ -136,6 +137,8 @@ def _save_config(target: Path, ranks: Mapping[str, int], biased: bool, base: str
 def _task_type(model: nn.Module) -> str | None:
     """PEFT's name of what a language model is for; classifiers' heads would have to be in the adapter."""
     name, config = type(model).__name__, getattr(model, "config", None)
+    if "input_ids" not in inspect.signature(model.forward).parameters:  # PEFT's wrappers of a task pass them on
+        return None
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
     both = getattr(config, "is_encoder_decoder", False) and name.endswith("ForConditionalGeneration")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from wemoe_plugin.checkpoints.manifest import refresh_manifest
+from wemoe_plugin.checkpoints.manifest import read_manifest, refresh_manifest
 from wemoe_plugin.checkpoints.staging import write_atomically
 from wemoe_plugin.errors import CheckpointError
 from wemoe_plugin.merging.card import with_scores
@@ -27,6 +27,7 @@ def save_routers(model: nn.Module, path: Path | str) -> None:
         CheckpointError: the directory is no output with upscaled modules, or the model's routers are not of it.
     """
     directory = Path(path)
+    read_manifest(directory)  # before anything is changed
     routers, kept = routers_of(model), load_routers(directory, read_config(directory))
     if _shapes(routers) != _shapes(kept):
         raise CheckpointError(f"{directory}: this {type(model).__name__} does not have the routers of this directory")
