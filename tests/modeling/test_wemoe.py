@@ -7,99 +7,35 @@ import pickle
 import subprocess
 import sys
 import threading
-import weakref
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Mlp, fine_tuned
+from mixtures import (
+    BATCH,
+    FORMS,
+    HIDDEN,
+    TOKENS,
+    WIDTH,
+    Fixed,
+    batch,
+    depths,
+    family,
+    form_of,
+    forms,
+    linear,
+    stirred,
+    upscaled,
+)
 from reference import composed, router_weights, wemoe_forward
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from wemoe_plugin.modeling.composition import apply_dense
 from wemoe_plugin.modeling.ensembled_linear import EnsembledLinear, Routing
-from wemoe_plugin.modeling.forms import DenseForm, Form, LowRankForm, SparseForm
+from wemoe_plugin.modeling.forms import DenseForm
 from wemoe_plugin.modeling.router import Router
 from wemoe_plugin.modeling.wemoe import WeightEnsemblingMoE, freeze_all_but_routers
-from wemoe_plugin.task_vectors.low_rank import truncated_svd
-
-WIDTH, HIDDEN, TOKENS, BATCH = 12, 20, 5, 4
-FORMS = ["dense", "low_rank", "sparse"]
-forms = pytest.mark.parametrize("form", FORMS)
-
-
-def family(experts: int, dtype: torch.dtype = torch.float32) -> tuple[Mlp, list[nn.Module]]:
-    torch.manual_seed(0)
-    base = Mlp(WIDTH, HIDDEN).to(dtype)
-    return base, [fine_tuned(base, seed, 0.2) for seed in range(experts)]
-
-
-def form_of(kind: str, linear: nn.Linear, vectors: Tensor, biases: Tensor | None) -> Form:
-    """A form that keeps task vectors exactly: of full rank, of full density."""
-    weight, bias = linear.weight, linear.bias
-    if kind == "dense":
-        return DenseForm(weight, bias, vectors, biases)
-    if kind == "sparse":
-        entries = torch.arange(weight.numel(), dtype=torch.int32).expand(len(vectors), -1).contiguous()
-        return SparseForm(weight, bias, vectors.flatten(1).clone(), entries, biases)
-    pairs = [truncated_svd(vector, min(weight.shape)) for vector in vectors]
-    down, up = (torch.cat(factors).to(weight.dtype) for factors in zip(*pairs, strict=True))
-    return LowRankForm(weight, bias, down, up, [min(weight.shape)] * len(vectors), biases)
-
-
-def upscaled(
-    base: nn.Module,
-    experts: Sequence[nn.Module],
-    depth: int = 2,
-    form: str = "dense",
-    lam: float = 0.3,
-    per_token: bool = False,
-) -> WeightEnsemblingMoE:
-    """The module as `attach` builds it."""
-    lambdas, routing = [lam] * len(experts), Routing()
-    static = composed(base, experts, lambdas)
-    for name in ("fc1", "fc2"):
-        layer, own = getattr(base, name), [getattr(expert, name) for expert in experts]
-        vectors = torch.stack([e.weight - layer.weight for e in own]).detach()
-        biases = torch.stack([e.bias - layer.bias for e in own]).detach()
-        target = getattr(static, name)
-        setattr(static, name, EnsembledLinear(form_of(form, target, vectors, biases), routing))
-    generator = torch.Generator().manual_seed(1)
-    router = Router(WIDTH, len(experts), depth, lambdas, generator, per_token).to(base.fc1.weight.dtype)
-    return WeightEnsemblingMoE(static, router, lambdas, routing).to(base.fc1.weight.dtype)
-
-
-def stirred(module: WeightEnsemblingMoE, scale: float = 0.5) -> WeightEnsemblingMoE:
-    """With a router that has something to say."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in module.router.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float32))
-    return module
-
-
-def batch(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-
-class Fixed(nn.Module):
-    """A router that gives the weights it was told."""
-
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.weights = weights
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weights.expand(x.shape[0], -1)
-
-
-depths = pytest.mark.parametrize("depth", [0, 1, 2])
 
 
 @forms
@@ -185,13 +121,6 @@ def test_permuting_experts_permutes_columns(order: list[int], form: str) -> None
     torch.testing.assert_close(permuted(batch()), module(batch()), rtol=1e-5, atol=1e-5)
 
 
-def linear(experts: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    shapes = (BATCH, TOKENS, WIDTH), (BATCH, experts), (HIDDEN, WIDTH), (experts, HIDDEN, WIDTH)
-    x, offsets, weight, vectors = (torch.randn(s, generator=generator, dtype=dtype) for s in shapes)
-    return x, offsets, weight, vectors
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(FORMS),
@@ -226,22 +155,6 @@ def test_one_expert_and_many(form: str, experts: int) -> None:
     torch.testing.assert_close(module(x), wemoe_forward(base, own, module.router(x), x), rtol=1e-5, atol=1e-5)
     module.router = Fixed(torch.eye(experts, dtype=torch.float64)[-1])
     torch.testing.assert_close(module(x), own[-1](x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("working_bytes", [1, 1500, 10**9])
-def test_the_working_memory_changes_no_value(working_bytes: int) -> None:
-    x, offsets, weight, vectors = linear()
-    stack = torch.cat([weight[None], vectors])
-    expected = torch.stack([x[b] @ (weight + torch.einsum("k,koi->oi", offsets[b], vectors)).T for b in range(BATCH)])
-    torch.testing.assert_close(apply_dense(x, offsets, stack, working_bytes=working_bytes), expected)
-
-
-@pytest.mark.parametrize("working_bytes", [1500, 10**9])
-def test_gradients_of_a_dense_layer(working_bytes: int) -> None:
-    x, offsets, weight, vectors = linear()
-    stack = torch.cat([weight[None], vectors])
-    x.requires_grad_(True), offsets.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda a, b: apply_dense(a, b, stack, working_bytes=working_bytes), (x, offsets))
 
 
 @forms
@@ -476,53 +389,6 @@ def test_the_router_reads_the_argument_it_was_told(argument: int) -> None:
     torch.testing.assert_close(wrapper(inputs[0], residual=inputs[1]), expected, rtol=1e-4, atol=1e-4)
 
 
-class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that is made while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
-            self.seen = max(self.seen, result.untyped_storage().nbytes())
-        return result
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of all tensors made while it is on, at the worst moment."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[weakref.ref[Tensor]] = []
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
-            self.made.append(weakref.ref(result))
-        alive = [tensor.untyped_storage() for made in self.made if (tensor := made()) is not None]
-        self.peak = max(self.peak, sum({storage.data_ptr(): storage.nbytes() for storage in alive}.values()))
-        return result
-
-
-@pytest.mark.parametrize("rows", [1, 40])
-@pytest.mark.parametrize("form", ["dense", "sparse"])
-def test_all_that_a_pass_holds_at_once_stays_within_the_bound(form: str, rows: int) -> None:
-    """Bands of spread-out task vectors too: one is gone before the next is made."""
-    width, hidden, bound = 64, 2048, 256 * 1024
-    made = form_of(form, nn.Linear(width, hidden), torch.randn(3, hidden, width), None)
-    made.working_bytes = bound
-    x, offsets = torch.randn(rows, 1, width), torch.randn(rows, 3)
-    with torch.no_grad(), Alive() as alive:
-        made(x, offsets)
-    output = rows * hidden * 4
-    assert bound / 2 < alive.peak - output <= bound
-
-
 @forms
 def test_hooks_see_what_a_layer_gave(form: str) -> None:
     """On every module, forward and backward: nothing is edited after it was handed on."""
@@ -548,84 +414,11 @@ def test_texts_without_tokens_give_none(form: str, depth: int) -> None:
     assert module.module(batch()[:, :0]).shape == (BATCH, 0, WIDTH)
 
 
-@pytest.mark.parametrize("form", ["dense", "low_rank"])
-def test_the_sum_with_a_bias_costs_the_backward_pass_nothing(form: str) -> None:
-    """No gradient of the output's size is made anew: in-place sums on views would."""
-    made = form_of(form, nn.Linear(8, 64), torch.randn(2, 64, 8), torch.randn(2, 64))
-    y = made(torch.randn(3, 5, 8, requires_grad=True), torch.randn(3, 2, requires_grad=True))
-    names, waiting = set(), [y.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        names.add(node.name())
-        waiting += [follow for follow, _ in node.next_functions if follow is not None]
-    assert not names & {"CopySlices", "AsStridedBackward0"}
-
-
-def test_gradients_of_offsets_are_not_summed_in_half_precision() -> None:
-    """Over as many bands as there are rows, they are as exact as over one."""
-    x, offsets, weight, vectors = (each.to(torch.bfloat16) for each in linear())
-    stack = torch.cat([weight[None], vectors]).repeat(1, 64, 1)
-    exact = [each.double().requires_grad_(True) for each in (x, offsets)]
-    apply_dense(*exact, stack.double()).square().sum().backward()
-    errors = []
-    for working_bytes in (1, 10**9):
-        own = offsets.clone().requires_grad_(True)
-        y = apply_dense(x, own, stack, working_bytes=working_bytes)
-        y.backward(2 * apply_dense(*exact, stack.double()).detach().to(torch.bfloat16))
-        errors.append(float((own.grad.double() - exact[1].grad).norm() / exact[1].grad.norm()))  # type: ignore[union-attr]
-    assert max(errors) < 0.01
-
-
-@pytest.mark.parametrize("form", ["dense", "sparse"])
-def test_composed_weights_stay_within_their_bound_whatever_the_batch(form: str) -> None:
-    width, hidden, bound = 32, 256, 64 * 1024
-    layer = nn.Linear(width, hidden)
-    vectors = torch.randn(3, hidden, width)
-    made = form_of(form, layer, vectors, None)
-    made.working_bytes = bound
-    for rows in (1, 4, 400):
-        x = torch.randn(rows, 1, width).requires_grad_(True)
-        with Largest() as largest:
-            made(x, torch.randn(rows, 3, requires_grad=True)).sum().backward()
-        assert largest.seen <= max(bound, rows * hidden * 4), "no tensor but the output is larger"
-        assert rows * hidden * width * 4 > bound or rows == 1, "or the bound had nothing to do"
-
-
 def test_compiled_and_exported_it_is_the_same() -> None:
     """In a process without the run-time checks of shapes, which cannot be traced."""
     script = Path(__file__).parents[1] / "compiled.py"
     found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, check=False)
     assert (found.returncode, found.stdout) == (0, "compiled and exported\n"), found.stderr
-
-
-def test_a_loaded_state_brings_its_own_places(tmp_path: Path) -> None:
-    """What a sparse form keeps beside its tensors follows them."""
-    weight = torch.zeros(2, 3)
-    first = SparseForm(weight, None, torch.ones(1, 2), torch.tensor([[0, 1]], dtype=torch.int32))
-    second = SparseForm(weight, None, torch.full((1, 2), 5.0), torch.tensor([[4, 5]], dtype=torch.int32))
-    first.load_state_dict(second.state_dict())
-    x, offsets = torch.tensor([[[1.0, 10.0, 100.0]]]), torch.ones(1, 1)
-    assert torch.equal(first(x, offsets), torch.tensor([[[0.0, 550.0]]]))
-
-
-def test_ranks_may_differ_between_experts() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(HIDDEN, WIDTH, generator=generator), batch()
-    ranks = [3, 0, 1]
-    down, up = torch.randn(4, WIDTH, generator=generator), torch.randn(4, HIDDEN, generator=generator)
-    form = LowRankForm(weight, None, down, up, ranks)
-    offsets = torch.randn(BATCH, 3, generator=generator)
-    vectors = torch.stack([u.T @ d for u, d in zip(up.split(ranks), down.split(ranks), strict=True)])
-    expected = torch.einsum("boi,bti->bto", weight + torch.einsum("bk,koi->boi", offsets, vectors), x)
-    torch.testing.assert_close(form(x, offsets), expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("form", ["dense", "sparse"])
-def test_second_derivatives_are_refused(form: str) -> None:
-    base, own = family(2)
-    module, x = stirred(upscaled(base, own, form=form)), batch().requires_grad_(True)
-    with pytest.raises(NotImplementedError, match="no second derivatives; use low_rank"):
-        torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
 
 
 def test_a_pass_in_one_thread_is_nothing_to_another() -> None:
