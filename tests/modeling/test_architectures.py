@@ -10,9 +10,12 @@ import transformers
 from architectures import ROWS, Row, family, in_transformers, merged, route, same
 
 from wemoe_plugin.errors import PlanError
+from wemoe_plugin.merging.planner import plan_merge
 from wemoe_plugin.modeling.loading import load_model, load_static
 from wemoe_plugin.modeling.wemoe import wemoe_modules
+from wemoe_plugin.pipeline.merge import merge
 from wemoe_plugin.pipeline.verify import verify
+from wemoe_plugin.recipe.loading import load_recipe
 
 architectures = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 FORMS = {
@@ -104,6 +107,22 @@ def test_what_is_given_no_features_is_refused(tmp_path: Path, row: str, match: s
 def test_whole_layers_and_stacks_of_them_can_be_upscaled(tmp_path: Path, row: str, match: str) -> None:
     family(ROWS[row], tmp_path, ".")
     assert all(check.kept for check in verify(merged(tmp_path, match, "{}")))
+
+
+@pytest.mark.parametrize("claimed", ["[mlp, '**.attention.attention']", "mlp"])
+def test_what_earlier_rules_leave_of_a_layer_can_be_upscaled(tmp_path: Path, claimed: str) -> None:
+    """One of its linear layers, or some: also where the library has fewer levels than the file."""
+    family(ROWS["ViT"], tmp_path, ".")
+    (tmp_path / "recipe.yaml").write_text(
+        "base_model: base\nmodels: [{model: e0}, {model: e1}]\nmerge_method: task_arithmetic\nrules:\n"
+        f"  - {{match: {claimed}, merge_method: base}}\n"
+        "  - {match: 'vit.encoder.layer.*', merge_method: wemoe}\n"
+    )
+    source = load_recipe(tmp_path / "recipe.yaml")
+    merge(source, plan_merge(source), tmp_path / "out")
+    upscaled = [path for path, _ in wemoe_modules(load_model(tmp_path / "out"))]
+    assert upscaled == ["vit.layers.0.attention", "vit.layers.1.attention"]
+    assert all(check.kept for check in verify(tmp_path / "out"))
 
 
 def test_parts_of_texts_as_rows_are_refused_unless_tokens_decide(tmp_path: Path) -> None:

@@ -39,6 +39,17 @@ def merged(directory: Path, form: str = "{form: low_rank, rank: 1000}", match: s
     return directory / "out"
 
 
+def merged_again(directory: Path, expert: str, rules: str = "[]") -> Path:
+    """The merge of the base with an exported adapter."""
+    (directory / "again.yaml").write_text(
+        f"base_model: base\nmodels: [{{model: base+adapters/{expert}}}]\n"
+        f"merge_method: task_arithmetic\nrules: {rules}\n"
+    )
+    source = load_recipe(directory / "again.yaml")
+    merge(source, plan_merge(source), directory / "again")
+    return directory / "again"
+
+
 @pytest.mark.parametrize("row", ["Llama", "GPT-2", "ViT", "DINOv2", "T5", "BERT", "CLIP", "open_clip"])
 def test_with_its_adapter_the_base_is_the_expert(tmp_path: Path, row: str) -> None:
     """Of full rank, and of experts that moved in their MLPs only."""
@@ -111,12 +122,7 @@ def test_names_that_are_ends_of_other_names(tmp_path: Path) -> None:
     assert {rank for name, rank in ranks.items() if "visual" in name} == {1}
     assert {rank for name, rank in ranks.items() if "visual" not in name} != {1}
     assert same(model.base_model.model, experts[0])
-    (tmp_path / "again.yaml").write_text(
-        "base_model: base\nmodels: [{model: base+adapters/e0}]\nmerge_method: task_arithmetic\n"
-    )
-    source = load_recipe(tmp_path / "again.yaml")
-    merge(source, plan_merge(source), tmp_path / "again")
-    assert same(load_static(tmp_path / "again"), experts[0])
+    assert same(load_static(merged_again(tmp_path, "e0")), experts[0])
     rule = "transformer.resblocks.*.mlp"
     (tmp_path / "text").mkdir()
     for name in ("base", "e0", "e1"):
@@ -134,12 +140,7 @@ def test_layers_without_a_bias_beside_some_with_one(tmp_path: Path) -> None:
     export_adapters(merged(tmp_path, match="attention"), tmp_path / "adapters")
     model: Any = peft.PeftModel.from_pretrained(load_static(tmp_path / "base"), tmp_path / "adapters" / "e1")
     assert same(model.base_model.model, experts[1])
-    (tmp_path / "again.yaml").write_text(
-        "base_model: base\nmodels: [{model: base+adapters/e1}]\nmerge_method: task_arithmetic\n"
-    )
-    source = load_recipe(tmp_path / "again.yaml")
-    merge(source, plan_merge(source), tmp_path / "again")
-    assert same(load_static(tmp_path / "again"), experts[1])
+    assert same(load_static(merged_again(tmp_path, "e1")), experts[1])
 
 
 def test_the_command(tmp_path: Path, command: Command) -> None:
@@ -181,13 +182,8 @@ def test_an_adapter_can_be_an_input_again(tmp_path: Path, row: str, weight: str)
     """
     _, experts = family(ROWS[row], tmp_path, ROWS[row].mlp)
     export_adapters(merged(tmp_path), tmp_path / "adapters")
-    (tmp_path / "again.yaml").write_text(
-        "base_model: base\nmodels: [{model: base+adapters/e1}]\nmerge_method: task_arithmetic\nrules: "
-        "[{match: mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 1000}}}]\n"
-    )
-    source = load_recipe(tmp_path / "again.yaml")
-    merge(source, plan_merge(source), tmp_path / "again")
-    assert same(load_static(tmp_path / "again"), experts[1])
+    rules = "[{match: mlp, merge_method: wemoe, parameters: {task_vectors: {form: low_rank, rank: 1000}}}]"
+    assert same(load_static(merged_again(tmp_path, "e1", rules)), experts[1])
     first, second = (load_file(tmp_path / name / "wemoe.safetensors") for name in ("out", "again"))
     name = f"{weight}.weight.task_vectors.down"
     assert torch.equal(first[name][len(first[name]) // 2 :], second[name])

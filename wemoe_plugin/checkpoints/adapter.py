@@ -162,7 +162,7 @@ def _file_names(base: Checkpoint, adapter: Path, keys: Iterable[str]) -> Callabl
         raise CheckpointError(f"{adapter / _WEIGHTS}: holds no tensors")
     before = _outer_name(names, base.tensors)
     if before is not None:
-        return before.__add__
+        return lambda name: f"{before}{name}"
     renamed = _renamed(base)
     outer = _outer_name(names, renamed) or ""
     return lambda name: renamed.get(outer + name, name)

@@ -91,7 +91,7 @@ def _layer_name(module: ModuleConfig, layer: LayerConfig) -> str:
 def _place(module: ModuleConfig, live: dict[str, str]) -> PlacedModule | None:
     """The module in the model: by as many levels above its layers as in the checkpoint; None if they disagree.
 
-    Where the library names layers otherwise it may have fewer levels: there the module is what is around all of them.
+    Where the library names layers otherwise it may have fewer levels: there it is the smallest module around them all.
     """
     layers = []
     paths = set()
@@ -102,7 +102,7 @@ def _place(module: ModuleConfig, live: dict[str, str]) -> PlacedModule | None:
         renamed = renamed or not path.endswith(layer.path or path.rpartition(".")[2])
         paths.add(_above(path, layer.path.count(".") + 1 if layer.path else 0))
         layers.append(PlacedLayer(path, name, layer))
-    if renamed and len(layers) > 1:
+    if renamed:
         paths = {_around([layer.path for layer in layers])}
     if len(paths) != 1:
         return None
